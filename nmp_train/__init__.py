@@ -1,0 +1,1 @@
+"""Training, evaluation and the data that they need: readers, the simulated city, the tools around them."""

@@ -1,0 +1,114 @@
+"""Vector map of one city, read from a nuScenes map expansion (v1.3 JSON).
+
+The trainer needs this on machines without nuscenes-devkit, and needs only six layers, so the JSON is read
+directly; a test checks the geometry against the devkit's own ``NuScenesMap``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shapely import STRtree
+from shapely.geometry import LineString, Polygon
+from shapely.geometry.base import BaseGeometry
+
+from nmp.errors import NmpError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexedGeometries:
+    """Geometries (map frame, m) with a spatial index."""
+
+    geometries: tuple[BaseGeometry, ...]
+    index: STRtree
+
+    @classmethod
+    def of(cls, geometries: list[BaseGeometry]) -> IndexedGeometries:
+        return cls(tuple(geometries), STRtree(geometries))
+
+    def near(self, region: BaseGeometry) -> list[BaseGeometry]:
+        """Return the geometries that touch ``region``, in map order."""
+        return [self.geometries[i] for i in sorted(self.index.query(region, predicate="intersects"))]
+
+
+@dataclass(frozen=True)
+class CityMap:
+    """The layers of a city that nmp draws, in the map frame of that city (m)."""
+
+    location: str
+    road_dividers: IndexedGeometries
+    """lines between opposite directions"""
+    lane_dividers: IndexedGeometries
+    """lines between lanes of one direction"""
+    crossings: IndexedGeometries
+    """polygons: ped_crossing"""
+    road_segments: IndexedGeometries
+    """polygons: road_segment"""
+    lanes: IndexedGeometries
+    """polygons: lane"""
+    walkways: IndexedGeometries
+    """polygons: walkway (pavements); drawn by the simulator only"""
+
+    @classmethod
+    def load(cls, dataroot: Path, location: str) -> CityMap:
+        """Read ``maps/expansion/<location>.json`` below a nuScenes data root."""
+        path = Path(dataroot) / "maps" / "expansion" / f"{location}.json"
+        if not path.is_file():
+            raise NmpError(
+                f"no map expansion for {location}: {path} is missing. "
+                "Download 'Map expansion pack (v1.3)' from nuscenes.org and unpack it into the data root's maps folder"
+            )
+        try:
+            tables = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise NmpError(f"{path} is not valid JSON ({error}): unpack the map expansion again") from error
+        try:
+            return cls.from_tables(tables, location)
+        except (KeyError, TypeError) as error:
+            raise NmpError(
+                f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack the map expansion again"
+            ) from error
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any], location: str) -> CityMap:
+        """Build from the dictionary of a map-expansion file."""
+        nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
+        lines = {r["token"]: [nodes[t] for t in r["node_tokens"]] for r in tables["line"]}
+        polygons = {r["token"]: r for r in tables["polygon"]}
+
+        def polygon(token: str) -> Polygon:
+            record = polygons[token]
+            shell = [nodes[t] for t in record["exterior_node_tokens"]]
+            holes = [[nodes[t] for t in h["node_tokens"]] for h in record["holes"] if h["node_tokens"]]
+            return Polygon(shell, holes)
+
+        def line_layer(name: str) -> IndexedGeometries:
+            found = [lines[r["line_token"]] for r in tables[name]]
+            return IndexedGeometries.of([LineString(points) for points in found if len(points) > 1])
+
+        def polygon_layer(name: str) -> IndexedGeometries:
+            # a road_segment has one polygon, a drivable_area would have many; both spellings occur
+            tokens = [t for r in tables[name] for t in r.get("polygon_tokens", [r.get("polygon_token")])]
+            shapes = [polygon(t) for t in tokens]
+            # The published evaluation skips self-crossing polygons; repairing them here would change the score.
+            kept = [s for s in shapes if s.is_valid and not s.is_empty]
+            if len(kept) < len(shapes):
+                log.warning("%s: %d invalid %s polygon(s) left out", location, len(shapes) - len(kept), name)
+            return IndexedGeometries.of(list(kept))
+
+        return cls(
+            location=location,
+            road_dividers=line_layer("road_divider"),
+            lane_dividers=line_layer("lane_divider"),
+            crossings=polygon_layer("ped_crossing"),
+            road_segments=polygon_layer("road_segment"),
+            lanes=polygon_layer("lane"),
+            walkways=polygon_layer("walkway"),
+        )

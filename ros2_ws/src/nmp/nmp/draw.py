@@ -1,0 +1,391 @@
+"""Pictures of layers: bird's-eye view, in the cameras, as a film strip, and of a whole drive.
+
+Every bird's-eye view has the car looking to the right (ego x right, ego y up); a city map has north up (map x
+right, map y up). Pictures are RGB uint8 [height, width, 3].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from nmp.errors import NmpError
+from nmp.frame import CLASSES, CameraShot, Frame, LocalMap
+from nmp.geometry import Array, BevGrid, inverse, yaw_of
+
+Picture = NDArray[np.uint8]
+Layers = NDArray[np.float32] | NDArray[np.uint8]
+"""[3, rows, cols] probabilities or 0/1 masks, classes in the order of ``CLASSES``"""
+Colour = tuple[int, int, int]
+
+CLASS_COLOURS: dict[str, Colour] = {"divider": (255, 183, 51), "crossing": (64, 186, 255), "boundary": (255, 82, 122)}
+"""RGB of every class, everywhere; told apart by people who see red and green alike, too."""
+
+INK: Colour = (13, 17, 24)
+"""background of sheets and maps"""
+GROUND: Colour = (27, 33, 43)
+"""cells that have been seen"""
+GRID: Colour = (48, 56, 69)
+TEXT: Colour = (226, 231, 238)
+FAINT: Colour = (139, 149, 163)
+CAR: Colour = (236, 240, 245)
+TRACK: Colour = (250, 250, 210)
+
+CAR_LENGTH, CAR_WIDTH, REAR_OVERHANG = 4.6, 1.9, 1.0  # m; base_link is at the rear axle
+MOSAIC = (("cam_front_left", "cam_front", "cam_front_right"), ("cam_back_left", "cam_back", "cam_back_right"))
+NEAREST_DRAWN_M = 2.0  # the car's own body would hide anything nearer
+
+
+# ------------------------------------------------------------------------------------------------------- pieces
+
+
+@lru_cache(maxsize=16)
+def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    # matplotlib brings its own font, so that pictures look the same on every machine
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _write(
+    picture: Picture, text: str, x: int, y: int, size: int = 14, colour: Colour = TEXT, *, bold: bool = False
+) -> int:
+    """Write text with its top left corner at x, y (pixels), in place; return the x where it ends."""
+    canvas = Image.fromarray(picture)
+    font = _font(size, bold)
+    ImageDraw.Draw(canvas).text((x, y), text, fill=colour, font=font)
+    picture[:] = np.asarray(canvas)
+    return round(x + font.getlength(text))
+
+
+def _label(picture: Picture, text: str, size: int = 13) -> None:
+    """Put a name on a dark plate into the upper left corner, in place."""
+    width, height = math.ceil(_font(size, False).getlength(text)) + 14, size + 10
+    plate = picture[:height, :width]
+    plate[:] = (plate * 0.25).astype(np.uint8)
+    _write(picture, text, 7, 4, size)
+
+
+def legend(width: int, height: int = 34, title: str = "") -> Picture:
+    """Return a strip with a title on the left and the class colours on the right."""
+    out = np.full((height, width, 3), INK, np.uint8)
+    top = (height - 18) // 2
+    left = _write(out, title, 12, top, 15, bold=True) if title else 12
+    names = [(name, round(_font(13, False).getlength(name))) for name in CLASSES]
+    x = max(width - sum(w + 46 for _, w in names), left + 24)
+    for name, text_width in names:
+        cv2.line(out, (x, height // 2), (x + 18, height // 2), CLASS_COLOURS[name], 4, cv2.LINE_AA)
+        _write(out, name, x + 26, top + 1, 13)
+        x += text_width + 46
+    return out
+
+
+def _shrink(picture: Picture, width: int, height: int) -> Picture:
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _ground(seen: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the empty ground [H, W, 3]: lighter where ``seen`` [H, W] is 1 than where it is 0."""
+    ink, ground = np.array(INK, np.float32), np.array(GROUND, np.float32)
+    return ink + (ground - ink) * seen[..., None]
+
+
+def _paint(base: NDArray[np.float32], layers: NDArray[np.float32], strength: float = 1.0) -> Picture:
+    """Lay the class colours over a picture [H, W, 3]; a colour is as opaque as its class is likely."""
+    out = base
+    for name, layer in zip(CLASSES, layers, strict=True):
+        # A soft threshold: noise below a quarter disappears, what counts as present (over a half) is nearly solid.
+        alpha = np.clip((layer - 0.25) / 0.35, 0.0, 1.0)[..., None] * strength
+        out = out * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
+    return np.rint(out).astype(np.uint8)
+
+
+def save_png(path: Path, picture: Picture) -> None:
+    """Write a picture as PNG (or as what the suffix says); makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    except OSError as error:
+        raise NmpError(f"cannot write the picture {path} ({error.strerror or error}): choose another folder") from error
+
+
+def decode_image(shot: CameraShot) -> Picture:
+    """Return a shot's image as RGB."""
+    if isinstance(shot.image, np.ndarray):
+        return shot.image
+    bgr = cv2.imdecode(np.frombuffer(shot.image, np.uint8), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise NmpError(f"{shot.camera.name}: image data cannot be decoded: check the camera driver")
+    return np.ascontiguousarray(bgr[:, :, ::-1])
+
+
+# ---------------------------------------------------------------------------------------------- bird's-eye view
+
+
+def layers_picture(
+    layers: Layers, grid: BevGrid, evidence: NDArray[np.float32] | None = None, scale: int = 2
+) -> Picture:
+    """Draw layers over a dark ground with a 10 m grid and the car, which looks to the right.
+
+    :param evidence: [rows, cols]; cells with 0 are left black. None: everything was seen
+    :param scale: pixels per cell
+    """
+    seen = np.ones(grid.shape, np.float32) if evidence is None else (evidence > 0).astype(np.float32)
+    size = (grid.cols * scale, grid.rows * scale)
+    # Row 0 is the right edge of the region, so flipped it is the bottom of the picture.
+    base = _ground(np.asarray(cv2.resize(seen[::-1], size, interpolation=cv2.INTER_NEAREST), np.float32))
+    pixels_per_m = scale / grid.resolution
+
+    def pixel(x: float, y: float) -> tuple[int, int]:
+        return round((x + grid.length / 2) * pixels_per_m), round((grid.width / 2 - y) * pixels_per_m)
+
+    for x in np.arange(-math.floor(grid.length / 20) * 10, grid.length / 2, 10.0):
+        cv2.line(base, pixel(x, -grid.width / 2), pixel(x, grid.width / 2), GRID, 1)
+    for y in np.arange(-math.floor(grid.width / 20) * 10, grid.width / 2, 10.0):
+        cv2.line(base, pixel(-grid.length / 2, y), pixel(grid.length / 2, y), GRID, 1)
+    enlarged = [cv2.resize(layer[::-1].astype(np.float32), size, interpolation=cv2.INTER_LINEAR) for layer in layers]
+    out = _paint(base, np.stack(enlarged))
+
+    rear, front, half = -REAR_OVERHANG, CAR_LENGTH - REAR_OVERHANG, CAR_WIDTH / 2
+    body = np.array(
+        [pixel(rear, half), pixel(front - 0.9, half), pixel(front, 0), pixel(front - 0.9, -half), pixel(rear, -half)]
+    )
+    cv2.fillPoly(out, [body], CAR, cv2.LINE_AA)
+    cv2.polylines(out, [body], True, INK, 1, cv2.LINE_AA)
+    return out
+
+
+def bev_picture(local_map: LocalMap, scale: int = 2) -> Picture:
+    """Draw the layers around the car; unknown cells are black, and the car looks to the right."""
+    return layers_picture(local_map.probabilities, local_map.grid, local_map.evidence, scale)
+
+
+# ---------------------------------------------------------------------------------------------- in the cameras
+
+
+def project_layers(
+    shot: CameraShot,
+    layers: Layers,
+    grid: BevGrid,
+    map_from_base: Array,
+    *,
+    width: int | None = None,
+    strength: float = 0.6,
+) -> Picture:
+    """Lay BEV layers over a camera image, as if painted on the ground.
+
+    The ground is the plane z = 0 of the car at ``map_from_base``, the pose of the layers; the camera stands where
+    it was at its own stamp. ``width`` (pixels) scales the picture.
+    """
+    image = decode_image(shot)
+    out_w = width or shot.camera.width
+    out_h = round(out_w * shot.camera.height / shot.camera.width)
+    image = _shrink(image, out_w, out_h)
+    k = shot.camera.intrinsics.copy()
+    k[:2] *= out_w / shot.camera.width
+
+    base_from_camera = inverse(map_from_base) @ shot.map_from_base @ shot.camera.base_from_camera
+    u, v = np.meshgrid(np.arange(out_w) + 0.5, np.arange(out_h) + 0.5)
+    rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(k).T @ base_from_camera[:3, :3].T
+    origin = base_from_camera[:3, 3]
+    # Rays that do not point down never meet the ground: they get a point outside of every grid.
+    down = rays[..., 2] < -1e-3
+    reach = np.where(down, -origin[2] / np.where(down, rays[..., 2], -1.0), np.nan)
+    x, y = origin[0] + reach * rays[..., 0], origin[1] + reach * rays[..., 1]
+    near = np.hypot(x, y) < NEAREST_DRAWN_M
+    far = ~down | near
+    cols = np.where(far, -10.0, (x + grid.length / 2) / grid.resolution - 0.5).astype(np.float32)
+    rows = np.where(far, -10.0, (y + grid.width / 2) / grid.resolution - 0.5).astype(np.float32)
+    seen = [cv2.remap(layer.astype(np.float32), cols, rows, cv2.INTER_LINEAR) for layer in layers]  # 0 outside
+    return _paint(image.astype(np.float32), np.stack(seen), strength)
+
+
+def camera_mosaic(
+    frame: Frame, layers: Layers | None = None, grid: BevGrid | None = None, *, width: int = 480, gap: int = 4
+) -> Picture:
+    """Show the six cameras in two rows, front above back, each ``width`` pixels wide; layers painted on if given."""
+    shots = {shot.camera.name: shot for shot in frame.shots}
+    rows = []
+    for names in MOSAIC:
+        tiles = []
+        for name in names:
+            shot = shots[name]
+            if layers is None:
+                height = round(width * shot.camera.height / shot.camera.width)
+                tile = _shrink(decode_image(shot), width, height)
+            else:
+                tile = project_layers(shot, layers, grid or BevGrid(), frame.map_from_base, width=width)
+            _label(tile, name.removeprefix("cam_").replace("_", " "))
+            tiles.append(tile)
+        rows.append(_beside(tiles, gap))
+    return _below(rows, gap)
+
+
+def _beside(pictures: Sequence[Picture], gap: int) -> Picture:
+    height = max(p.shape[0] for p in pictures)
+    out = np.full((height, sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1), 3), INK, np.uint8)
+    x = 0
+    for p in pictures:
+        out[: p.shape[0], x : x + p.shape[1]] = p
+        x += p.shape[1] + gap
+    return out
+
+
+def _below(pictures: Sequence[Picture], gap: int) -> Picture:
+    width = max(p.shape[1] for p in pictures)
+    out = np.full((sum(p.shape[0] for p in pictures) + gap * (len(pictures) - 1), width, 3), INK, np.uint8)
+    y = 0
+    for p in pictures:
+        out[y : y + p.shape[0], : p.shape[1]] = p
+        y += p.shape[0] + gap
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- film strip
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One bird's-eye view of a film strip."""
+
+    title: str
+    layers: Layers
+    evidence: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, title: str, local_map: LocalMap) -> Panel:
+        return cls(title, local_map.probabilities, local_map.evidence)
+
+
+def film_strip(
+    frame: Frame, panels: Sequence[Panel], grid: BevGrid, *, painted: Layers | None = None, camera_width: int = 480
+) -> Picture:
+    """Show one moment: the six cameras, and beside them the bird's-eye views (prediction, truth, ...) as a column.
+
+    :param painted: layers to lay over the cameras as well
+    """
+    gap = 4
+    mosaic = camera_mosaic(frame, painted, grid, width=camera_width, gap=gap)
+    height = (mosaic.shape[0] - gap * (len(panels) - 1)) // len(panels)
+    width = round(height * grid.length / grid.width)
+    views = []
+    for panel in panels:
+        view = _shrink(layers_picture(panel.layers, grid, panel.evidence), width, height)
+        _label(view, panel.title)
+        views.append(view)
+    return _beside([mosaic, _below(views, gap)], gap * 2)
+
+
+def film_sheet(strips: Sequence[Picture], title: str, captions: Sequence[str] = ()) -> Picture:
+    """Stack film strips under a title and the legend, each under its caption."""
+    width = max(s.shape[1] for s in strips)
+    parts = [legend(width, 44, title)]
+    for index, strip in enumerate(strips):
+        if captions:
+            caption = np.full((22, width, 3), INK, np.uint8)
+            _write(caption, captions[index], 12, 3, 12, FAINT)
+            parts.append(caption)
+        parts.append(strip)
+    return _below(parts, 6)
+
+
+# --------------------------------------------------------------------------------------------------- city map
+
+
+def city_picture(
+    layer_maps: Iterable[LocalMap],
+    title: str = "",
+    *,
+    resolution: float = 0.1,
+    longest_side: int = 1600,
+    margin: float = 5.0,
+) -> Picture:
+    """Draw the map that a drive has built up: the mean of all its local maps, north up, with the way driven.
+
+    :param resolution: finest edge of a pixel, m; coarser where the drive would exceed ``longest_side`` pixels
+    :param margin: empty rim, m
+    """
+    maps = list(layer_maps)
+    if not maps:
+        raise NmpError("no layers to draw a city map of: map a drive first")
+    way = np.array([m.map_from_base[:2, 3] for m in maps])
+    corners = np.concatenate([_corners(m) for m in maps])
+    low, high = corners.min(axis=0) - margin, corners.max(axis=0) + margin
+    resolution = max(resolution, float((high - low).max()) / longest_side)
+    width, height = (int(v) for v in np.ceil((high - low) / resolution))
+
+    total = np.zeros((height, width, len(CLASSES)), np.float32)
+    count = np.zeros((height, width), np.float32)
+    for m in maps:
+        c, s = math.cos(yaw_of(m.map_from_base)), math.sin(yaw_of(m.map_from_base))
+        # cell (col, row) -> ego (m) -> map (m) -> pixel; warpAffine speaks of pixel centres, as cells do here
+        ego = np.array([[m.grid.resolution, 0, 0.5 * m.grid.resolution - m.grid.length / 2],
+                        [0, m.grid.resolution, 0.5 * m.grid.resolution - m.grid.width / 2], [0, 0, 1]])  # fmt: skip
+        to_map = np.array([[c, -s, m.map_from_base[0, 3]], [s, c, m.map_from_base[1, 3]], [0, 0, 1]])
+        to_pixel = np.array([[1 / resolution, 0, -low[0] / resolution - 0.5],
+                             [0, -1 / resolution, high[1] / resolution - 0.5], [0, 0, 1]])  # fmt: skip
+        warp = (to_pixel @ to_map @ ego)[:2]
+        known = (m.evidence > 0).astype(np.float32)
+        stacked = np.dstack([*(m.probabilities * known), known]).astype(np.float32)
+        # Averaging down to the picture's resolution first keeps thin lines from flickering away.
+        blur = resolution / m.grid.resolution
+        if blur > 1:
+            stacked = np.asarray(cv2.GaussianBlur(stacked, (0, 0), 0.4 * blur), np.float32)
+        turned = cv2.warpAffine(stacked, warp, (width, height), flags=cv2.INTER_LINEAR)
+        total += turned[..., :-1]
+        count += turned[..., -1]
+
+    mean = np.where(count > 0.05, np.moveaxis(total, -1, 0) / np.maximum(count, 1e-6), np.float32(0.0))
+    out = _paint(_ground(np.clip(count, 0.0, 1.0)), mean)
+
+    scale = max(out.shape[:2])
+    points = np.stack([(way[:, 0] - low[0]), (high[1] - way[:, 1])], axis=1) / resolution
+    _draw_way(out, points, max(1, round(scale / 900)))
+    return _framed_map(out, title, resolution, f"{len(maps)} keyframes")
+
+
+def _corners(m: LocalMap) -> Array:
+    half = np.array([m.grid.length, m.grid.width]) / 2
+    c, s = math.cos(yaw_of(m.map_from_base)), math.sin(yaw_of(m.map_from_base))
+    signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    out: Array = (signs * half) @ np.array([[c, s], [-s, c]]) + m.map_from_base[:2, 3]
+    return out
+
+
+def _draw_way(picture: Picture, points: Array, thickness: int) -> None:
+    pixels = np.rint(points).astype(np.int32)
+    cv2.polylines(picture, [pixels], False, TRACK, thickness, cv2.LINE_AA)
+    for point in pixels[1:-1]:
+        cv2.circle(picture, tuple(int(v) for v in point), thickness + 1, TRACK, -1, cv2.LINE_AA)
+    for name, point in (("start", pixels[0]), ("end", pixels[-1])):
+        x, y = (int(v) for v in point)
+        cv2.circle(picture, (x, y), 3 * thickness + 3, INK, -1, cv2.LINE_AA)
+        cv2.circle(picture, (x, y), 3 * thickness + 1, TRACK, -1 if name == "start" else 2, cv2.LINE_AA)
+
+
+def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> Picture:
+    """Add the title with the legend above and the scale bar below."""
+    width = max(picture.shape[1], 760)
+    foot = np.full((44, width, 3), INK, np.uint8)
+    # the longest round length that takes up to a third of the width
+    metres = max((m for m in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if m / resolution <= width / 3), default=5)
+    length = round(metres / resolution)
+    cv2.line(foot, (14, 22), (14 + length, 22), TEXT, 2)
+    for x in (14, 14 + length):
+        cv2.line(foot, (x, 16), (x, 28), TEXT, 2)
+    x = _write(foot, f"{metres} m", 24 + length, 14, 14)
+    x = _write(foot, "north is up", x + 28, 15, 13, FAINT) + 28
+    cv2.circle(foot, (x + 4, 22), 5, TRACK, -1, cv2.LINE_AA)
+    x = _write(foot, f"start, way driven ({note})", x + 16, 15, 13, FAINT)
+    padded = np.full((picture.shape[0], width, 3), INK, np.uint8)
+    left = (width - picture.shape[1]) // 2
+    padded[:, left : left + picture.shape[1]] = picture
+    return _below([legend(width, 44, title), padded, foot], 0)

@@ -1,0 +1,94 @@
+"""What goes into the mapper and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmp.geometry import Array, BevGrid
+
+CLASSES: tuple[str, ...] = ("divider", "crossing", "boundary")
+"""The semantic layers, in the order of every class axis in this project."""
+
+CAMERAS: tuple[str, ...] = (
+    "cam_front",
+    "cam_front_right",
+    "cam_back_right",
+    "cam_back",
+    "cam_back_left",
+    "cam_front_left",
+)
+"""The six cameras of the nuScenes rig, clockwise from the front; also their topic prefixes."""
+
+ANCHOR_CAMERA = "cam_front"
+"""The camera whose stamp and ego pose stand for the whole frame."""
+
+LOCATIONS: tuple[str, ...] = ("singapore-onenorth", "singapore-hollandvillage", "singapore-queenstown", "boston-seaport")
+"""The cities of nuScenes: each has a map frame of its own."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Calibration of one camera."""
+
+    name: str
+    width: int
+    """pixels"""
+    height: int
+    """pixels"""
+    intrinsics: Array
+    """[3, 3] pinhole matrix, pixels"""
+    base_from_camera: Array
+    """[4, 4] extrinsics: optical frame to base_link"""
+
+
+@dataclass(frozen=True)
+class CameraShot:
+    """One image with the pose of the car at the moment that it was taken."""
+
+    camera: Camera
+    stamp_ns: int
+    image: bytes | NDArray[np.uint8]
+    """encoded JPEG/PNG bytes, or decoded RGB [height, width, 3]"""
+    map_from_base: Array
+    """[4, 4] ego pose at ``stamp_ns``"""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Six images of one moment, and where the car was."""
+
+    stamp_ns: int
+    """stamp of the anchor camera"""
+    location: str
+    """the city, which names the map frame and the prior"""
+    map_from_base: Array
+    """[4, 4] ego pose at ``stamp_ns``"""
+    shots: tuple[CameraShot, ...]
+    """one per camera, in the order of ``CAMERAS``"""
+    position_std: float = 0.0
+    """standard deviation of the ego position, m"""
+    yaw_std: float = 0.0
+    """standard deviation of the heading, rad"""
+
+
+@dataclass(frozen=True)
+class LocalMap:
+    """The layers around the car at one frame."""
+
+    stamp_ns: int
+    location: str
+    map_from_base: Array
+    """[4, 4] ego pose; the layers lie in its planar part (x, y, yaw)"""
+    grid: BevGrid
+    probabilities: NDArray[np.float32]
+    """[3, rows, cols] in 0..1, in the order of ``CLASSES``"""
+    evidence: NDArray[np.float32]
+    """[rows, cols] accumulated evidence under each cell; 0 where nothing was ever seen"""
+
+    @property
+    def masks(self) -> NDArray[np.uint8]:
+        """[3, rows, cols] uint8: 1 where a class is more likely present than not."""
+        return (self.probabilities > 0.5).astype(np.uint8)

@@ -1,0 +1,69 @@
+"""What defines a network: stored as JSON beside its weights, checked when they are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nmp.errors import NmpError
+from nmp.geometry import BevGrid
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Architecture and input of a :class:`~nmp.model.network.BEVNetwork`."""
+
+    backbone: str = "resnet18"
+    backbone_stages: int = 3
+    """residual stages in use (stage k ends at stride 2 ** (k + 1))"""
+    input_width: int = 352
+    input_height: int = 128
+    """network input, pixels: images are scaled to the width, then the rows at the top are cut off"""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """normalisation of RGB in 0..255, as torchvision's checkpoints expect"""
+    neck_channels: int = 48
+    bev_channels: int = 64
+    bev_length: float = 60.0
+    bev_width: float = 30.0
+    """region around the ego, m"""
+    feature_resolution: float = 0.3
+    """cell of the BEV features, m"""
+    layer_resolution: float = 0.15
+    """cell of the published layers, m"""
+    prior_channels: int = 32
+    prior_cell: float = 0.3
+    """cell of the city prior, m"""
+    evidence_cap: float = 16.0
+    """most evidence that a prior cell holds: bounds how long a changed street is remembered wrong"""
+
+    @property
+    def feature_grid(self) -> BevGrid:
+        return BevGrid(self.bev_length, self.bev_width, self.feature_resolution)
+
+    @property
+    def layer_grid(self) -> BevGrid:
+        return BevGrid(self.bev_length, self.bev_width, self.layer_resolution)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NetworkConfig:
+        """Build from JSON values; unknown keys and wrong types are an :class:`NmpError`."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise NmpError(f"network configuration has unknown key(s) {', '.join(unknown)}: written by a newer nmp?")
+        cleaned: dict[str, Any] = {}
+        for name, value in values.items():
+            default = known[name].default
+            if isinstance(default, tuple):
+                value = tuple(float(v) for v in value)
+            elif isinstance(default, float) and isinstance(value, int):
+                value = float(value)
+            if not isinstance(value, type(default)):
+                raise NmpError(f"network configuration: {name} must be {type(default).__name__}, got {value!r}")
+            cleaned[name] = value
+        return cls(**cleaned)

@@ -1,0 +1,25 @@
+"""Feature pyramid (Lin et al., CVPR 2017), finest level only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class FeaturePyramid(nn.Module):
+    """Merges trunk outputs (strides 4, 8, ...) top-down into one map at stride 4, [B, channels, H / 4, W / 4]."""
+
+    def __init__(self, in_channels: list[int], channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.smooth = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        merged: Tensor = self.lateral[-1](levels[-1])
+        for lateral, level in zip(reversed(self.lateral[:-1]), reversed(levels[:-1]), strict=True):
+            up = functional.interpolate(merged, size=level.shape[-2:], mode="bilinear", align_corners=False)
+            merged = lateral(level) + up
+        out: Tensor = self.smooth(merged)
+        return out

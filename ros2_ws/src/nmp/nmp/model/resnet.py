@@ -1,0 +1,99 @@
+"""ResNet trunk (He et al., CVPR 2016) with torchvision's parameter names, so that its checkpoints load."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nmp.errors import NmpError
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = _downsample(inplanes, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        out = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample = _downsample(inplanes, out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _downsample(inplanes: int, out: int, stride: int) -> nn.Module | None:
+    if stride == 1 and inplanes == out:
+        return None
+    return nn.Sequential(nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+
+LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """The trunk of a ResNet up to ``stages`` residual stages.
+
+    ``forward`` takes [B, 3, H, W] and returns the outputs of all stages, at strides 4, 8, 16, 32;
+    ``channels`` holds their widths.
+    """
+
+    def __init__(self, name: str, stages: int = 4) -> None:
+        super().__init__()
+        if name not in LAYOUTS:
+            raise NmpError(f"unknown backbone {name!r}: choose one of {', '.join(LAYOUTS)}")
+        block, depths = LAYOUTS[name]
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.channels: list[int] = []
+        self.stages = stages
+        inplanes = 64
+        for index in range(stages):
+            planes = 64 * 2**index
+            blocks = []
+            for depth in range(depths[index]):
+                blocks.append(block(inplanes, planes, 2 if index > 0 and depth == 0 else 1))
+                inplanes = planes * block.expansion
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+            self.channels.append(inplanes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        out = []
+        for index in range(self.stages):
+            x = self.get_submodule(f"layer{index + 1}")(x)
+            out.append(x)
+        return out

@@ -1,0 +1,1 @@
+"""The ROS 2 nodes: thin shells around the library."""

@@ -1,0 +1,102 @@
+"""Between this package's types and ROS messages."""
+
+from __future__ import annotations
+
+import array
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from nav_msgs.msg import OccupancyGrid
+from numpy.typing import NDArray
+from sensor_msgs.msg import Image
+
+from nmp import topics
+from nmp.errors import NmpError
+from nmp.frame import CLASSES, LocalMap
+from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw, yaw_of
+from nmp.layers import to_occupancy
+
+try:
+    from tf_transformations import euler_from_quaternion, quaternion_from_euler
+except ImportError:
+    from nmp.nodes.tf_compat import euler_from_quaternion, quaternion_from_euler
+
+
+def to_time(stamp_ns: int) -> Time:
+    """Return a stamp in ns as a message."""
+    return Time(sec=stamp_ns // 10**9, nanosec=stamp_ns % 10**9)
+
+
+def to_ns(time: Time) -> int:
+    """Return a stamp message in ns."""
+    return int(time.sec) * 10**9 + int(time.nanosec)
+
+
+def to_occupancy_grids(local_map: LocalMap) -> dict[str, OccupancyGrid]:
+    """Return one grid per class: 0..100 % probability, -1 where nothing was ever seen.
+
+    The grid is the window around the car, turned with it: its origin is the rear right corner as a pose in
+    ``map`` with the car's heading.
+    """
+    grid = local_map.grid
+    corner = flatten_to_plane(local_map.map_from_base) @ transform_from_xyyaw(-grid.length / 2, -grid.width / 2, 0.0)
+    x, y, z, w = quaternion_from_euler(0.0, 0.0, yaw_of(corner))
+    out: dict[str, OccupancyGrid] = {}
+    for name, cells in zip(CLASSES, to_occupancy(local_map), strict=True):
+        msg = OccupancyGrid()
+        msg.header.stamp = to_time(local_map.stamp_ns)
+        msg.header.frame_id = topics.MAP_FRAME
+        msg.info.map_load_time = msg.header.stamp
+        msg.info.resolution = float(grid.resolution)
+        msg.info.width, msg.info.height = grid.cols, grid.rows
+        origin = msg.info.origin
+        origin.position.x, origin.position.y = float(corner[0, 3]), float(corner[1, 3])
+        origin.orientation.x, origin.orientation.y = float(x), float(y)
+        origin.orientation.z, origin.orientation.w = float(z), float(w)
+        msg.data = array.array("b", cells.tobytes())
+        out[name] = msg
+    return out
+
+
+def from_occupancy_grids(grids: dict[str, OccupancyGrid], location: str) -> LocalMap:
+    """Return the local map of one grid per class, with the planar part (x, y, yaw) of the pose.
+
+    Unknown cells get probability 0 and evidence 0, all others evidence 1. Raises :class:`NmpError` when a
+    class is missing or the grids do not lie over one another.
+    """
+    if missing := [c for c in CLASSES if c not in grids]:
+        raise NmpError(f"no layer '{missing[0]}': subscribe to all of {', '.join(CLASSES)}")
+    first = grids[CLASSES[0]]
+    cells = np.empty((len(CLASSES), first.info.height, first.info.width), dtype=np.int8)
+    for plane, name in zip(cells, CLASSES, strict=True):
+        msg = grids[name]
+        if (msg.info.height, msg.info.width) != plane.shape or msg.header.stamp != first.header.stamp:
+            raise NmpError(f"layer '{name}' is of another size or time than '{CLASSES[0]}': record one mapping node only")
+        plane[:] = np.frombuffer(msg.data, dtype=np.int8).reshape(plane.shape)
+    # float32 in the message: back to the decimal that was meant, so that grids compare equal
+    resolution = round(first.info.resolution, 6)
+    grid = BevGrid(first.info.width * resolution, first.info.height * resolution, resolution)
+    o = first.info.origin
+    yaw = euler_from_quaternion([o.orientation.x, o.orientation.y, o.orientation.z, o.orientation.w])[2]
+    corner = transform_from_xyyaw(o.position.x, o.position.y, yaw)
+    base: Array = corner @ transform_from_xyyaw(grid.length / 2, grid.width / 2, 0.0)
+    return LocalMap(
+        stamp_ns=to_ns(first.header.stamp),
+        location=location,
+        map_from_base=base,
+        grid=grid,
+        probabilities=np.maximum(cells, 0).astype(np.float32) / 100.0,
+        evidence=(cells[0] >= 0).astype(np.float32),
+    )
+
+
+def to_image(rgb: NDArray[np.uint8], stamp_ns: int) -> Image:
+    """Return an RGB picture [H, W, 3] as a sensor_msgs/Image."""
+    msg = Image()
+    msg.header.stamp = to_time(stamp_ns)
+    msg.header.frame_id = topics.BASE_FRAME
+    msg.height, msg.width, msg.step = rgb.shape[0], rgb.shape[1], 3 * rgb.shape[1]
+    msg.encoding = "rgb8"
+    # An array.array is taken as it is; bytes would be checked element by element.
+    msg.data = array.array("B", np.ascontiguousarray(rgb).tobytes())
+    return msg

@@ -1,0 +1,62 @@
+"""What every node's ``main`` does alike: run until told to stop, and say errors in one line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import rclpy
+from rclpy.exceptions import ParameterException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+from nmp.errors import NmpError
+
+
+def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None = None) -> int:
+    """Run a node until SIGINT, SIGTERM or its own end; return the exit code.
+
+    :param make: builds the node; it may set the given event to end the run
+    :param args: command line, None for ``sys.argv``
+
+    The node must have ``shutdown() -> int``, called once while ROS is still up, for its exit code. A
+    :class:`NmpError` or a bad parameter becomes one line on stderr and exit code 2.
+    """
+    stop = threading.Event()
+    # Own handlers: rclpy's would tear ROS down before the node could say and save anything.
+    rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    executor = SingleThreadedExecutor()
+    node: Any = None
+    try:
+        node = make(stop)
+        executor.add_node(node)
+        spinner = threading.Thread(target=_spin, args=(executor, stop), name="executor", daemon=True)
+        spinner.start()
+        stop.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends a shutdown that takes too long
+        executor.shutdown(timeout_sec=5.0)
+        spinner.join(timeout=5.0)
+        return int(node.shutdown())
+    except (NmpError, ParameterException) as exc:
+        print(f"error: {' '.join(str(exc).split())}", file=sys.stderr)
+        return 2
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+
+
+def _spin(executor: SingleThreadedExecutor, stop: threading.Event) -> None:
+    try:
+        executor.spin()
+    except ExternalShutdownException:
+        pass
+    finally:
+        stop.set()

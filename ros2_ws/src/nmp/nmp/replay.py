@@ -1,0 +1,208 @@
+"""Replay without DDS: a recorded drive through the same core as the node, as fast as it goes.
+
+Same bag, same prior, same weights: the same bytes out, whatever the machine's load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nmp import topics
+from nmp.assembly import FrameAssembler
+from nmp.bags.reader import BagReader
+from nmp.errors import NmpError
+from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame, LocalMap
+from nmp.layers import LayerWriter
+
+if TYPE_CHECKING:
+    from nmp.mapper import OnlineMapper
+
+THREADS = 2
+"""Fixed, because the order of a sum, and with it the last bit, may depend on the number of threads."""
+
+REFUSED = "refused by the mapper"
+
+
+@dataclass
+class ReplaySummary:
+    """What became of a bag's frames."""
+
+    frames: int = 0
+    seconds: float = 0.0
+    """wall time of reading, mapping and writing, without loading the network"""
+    drops: Counter[str] = field(default_factory=Counter)
+    """frames and messages that could not be used, by cause"""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """the latest text for each cause"""
+
+    def __str__(self) -> str:
+        rate = self.frames / self.seconds if self.seconds > 0 else 0.0
+        drops = ", ".join(f"{count} {cause}" for cause, count in sorted(self.drops.items())) or "none"
+        return f"{self.frames} frames in {self.seconds:.1f} s ({rate:.1f} frames/s), dropped: {drops}"
+
+
+def topics_of(reader: BagReader) -> dict[str, tuple[str, str]]:
+    """Return the bag's input topics as {topic: (kind, camera)}.
+
+    Kinds are image, camera_info, odom, tf_static and location. A camera's compressed images are preferred to its
+    raw ones. Raises :class:`NmpError` when a camera is missing altogether.
+    """
+    available = {name for name, topic in reader.topics.items() if topic.count}
+    chosen = {
+        topics.absolute(topics.ODOM): ("odom", ""),
+        topics.TF_STATIC: ("tf_static", ""),
+        topics.absolute(topics.LOCATION): ("location", ""),
+    }
+    for camera in CAMERAS:
+        images = [topics.absolute(topics.image_topic(camera, t)) for t in ("compressed", "raw")]
+        image = next((name for name in images if name in available), None)
+        if image is None:
+            raise NmpError(f"bag {reader.path} has no images on {images[0]} or {images[1]}: record that camera")
+        chosen[image] = ("image", camera)
+        chosen[topics.absolute(topics.camera_info_topic(camera))] = ("camera_info", camera)
+    for name, (kind, _) in chosen.items():
+        # the location can also be given by the user
+        if kind != "location" and name not in available:
+            raise NmpError(f"bag {reader.path} has no messages on {name}: record or remap that topic")
+    return {name: use for name, use in chosen.items() if name in available}
+
+
+def keyframes_of(reader: BagReader) -> int:
+    """Return how many frames a bag can give at most: the images of its anchor camera."""
+    names = [topics.absolute(topics.image_topic(ANCHOR_CAMERA, t)) for t in ("compressed", "raw")]
+    return max((reader.topics[n].count for n in names if n in reader.topics), default=0)
+
+
+def frames_of(reader: BagReader, assembler: FrameAssembler, location: str = "") -> Iterator[Frame]:
+    """Yield the frames of an open bag in time order.
+
+    :param location: the city, where the bag names none or the wrong one
+    """
+    uses = topics_of(reader)
+    if location:
+        assembler.set_location(location)
+    for message in reader.messages(uses):
+        kind, camera = uses[message.topic]
+        if kind == "image":
+            assembler.add_image(camera, message.message)
+        elif kind == "camera_info":
+            assembler.add_camera_info(camera, message.message)
+        elif kind == "odom":
+            assembler.add_pose(message.message)
+        elif kind == "tf_static":
+            assembler.add_static_transforms(message.message)
+        elif not location:
+            assembler.set_location(message.message.data)
+        yield from assembler.pop_frames()
+    yield from assembler.flush()
+
+
+def replay(
+    bag: Path,
+    mapper: OnlineMapper,
+    out: Path,
+    *,
+    location: str = "",
+    pictures: bool = False,
+    progress: bool = True,
+) -> ReplaySummary:
+    """Map every frame of a bag and write the layers to ``out``.
+
+    A frame that cannot be used is counted, like in the node. Raises :class:`NmpError` when the bag gives no frame
+    at all, naming the reason.
+    """
+    from tqdm import tqdm
+
+    writer = LayerWriter(out)
+    assembler = FrameAssembler()
+    summary = ReplaySummary()
+    refused: Counter[str] = Counter()
+    with BagReader(bag) as reader:
+        total = keyframes_of(reader)
+        begin = time.monotonic()
+        frames = frames_of(reader, assembler, location)
+        bar = tqdm(frames, total=total, unit="frame", desc=bag.name, disable=None if progress else True)
+        for frame in bar:
+            try:
+                local_map = mapper.update(frame)
+            except NmpError as error:
+                refused[REFUSED] += 1
+                summary.reasons[REFUSED] = str(error)
+                continue
+            writer.write(local_map)
+            if pictures:
+                _write_picture(out, local_map)
+            summary.frames += 1
+        mapper.flush()
+        summary.seconds = time.monotonic() - begin
+    summary.drops = refused + assembler.drops
+    summary.reasons |= assembler.last_error
+    if not summary.frames:
+        raise NmpError(_why_nothing(bag, total, summary))
+    return summary
+
+
+def _why_nothing(bag: Path, total: int, summary: ReplaySummary) -> str:
+    if not summary.drops:
+        return f"no frame could be made of bag {bag} ({total} images of {ANCHOR_CAMERA}): check its stamps"
+    # The cause of most drops; everything else usually follows from it.
+    cause, count = summary.drops.most_common(1)[0]
+    return f"no frame could be made of bag {bag} ({count} x {cause}): {summary.reasons.get(cause, cause)}"
+
+
+def _write_picture(out: Path, local_map: LocalMap) -> None:
+    from nmp.draw import bev_picture, save_png
+
+    save_png(out / "bev" / f"{local_map.stamp_ns}.png", bev_picture(local_map))
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``nmp map``."""
+    parser.add_argument("bag", type=Path, metavar="BAG", help="bag folder, .mcap or .db3 file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the layers, one a keyframe")
+    parser.add_argument("--prior", type=Path, metavar="DIR", help="stored city prior: read, and updated by this drive")
+    parser.add_argument("--no-prior", action="store_true", help="every frame on its own; nothing is read or stored")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=".safetensors file (default: the shipped network)")
+    parser.add_argument("--location", default="", help="the city, if the bag names none (e.g. boston-seaport)")
+    parser.add_argument("--bev", action="store_true", help="also write a picture per keyframe to DIR/bev")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=THREADS,
+        help="CPU threads; the same number gives the same bytes (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``nmp map``."""
+    if args.no_prior and args.prior:
+        raise NmpError("--prior and --no-prior exclude each other: leave one out")
+    if not args.no_prior and not args.prior:
+        raise NmpError("no prior folder: give --prior DIR (it may be new), or --no-prior to map without one")
+    if args.threads < 1:
+        raise NmpError(f"--threads is {args.threads}: give at least 1")
+    if any(args.out.glob("*.npz")):
+        raise NmpError(f"{args.out} already holds layers: remove them or choose another --out")
+    BagReader(args.bag)  # a wrong path shows before the network is loaded
+
+    import torch
+
+    from nmp.mapper import OnlineMapper
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with OnlineMapper(args.weights, args.prior, use_prior=not args.no_prior) as mapper:
+        summary = replay(args.bag, mapper, args.out, location=args.location, pictures=args.bev)
+    print(f"wrote {args.out}: {summary}")
+    for cause in sorted(summary.drops):
+        print(f"  {cause}: {summary.reasons.get(cause, '')}")

@@ -1,0 +1,436 @@
+"""FrameAssembler: whole frames from single messages, and every loss counted with its cause."""
+
+from __future__ import annotations
+
+import array
+import copy
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nmp.assembly import FrameAssembler
+from nmp.bags.reader import BagMessage
+from nmp.errors import NmpError
+from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame
+from nmp.geometry import transform_from
+from tests.bag_fixtures import HEIGHT, LOCATION, START_NS, WIDTH, bag_messages, camera_rig, ego, feed, jpeg, make_bag
+
+NS = 10**9
+Messages = list[BagMessage]
+
+
+@pytest.fixture(scope="module")
+def keyframes(tmp_path_factory: pytest.TempPathFactory) -> Messages:
+    return bag_messages(make_bag(tmp_path_factory.mktemp("keyframes"), frames=5))
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Messages:
+    """12 Hz, as with sweeps."""
+    return bag_messages(make_bag(tmp_path_factory.mktemp("stream"), frames=24, period=1 / 12))
+
+
+def image_of(camera: str) -> str:
+    return f"/{camera}/image_raw/compressed"
+
+
+def moved(message: BagMessage, by_ns: int) -> BagMessage:
+    """The same message with other stamps."""
+    new = copy.deepcopy(message)
+    for header in [new.message.header] if hasattr(new.message, "header") else []:
+        total = header.stamp.sec * NS + header.stamp.nanosec + by_ns
+        header.stamp.sec, header.stamp.nanosec = total // NS, total % NS
+    return new._replace(stamp_ns=message.stamp_ns + by_ns)
+
+
+def changed(messages: Messages, topic: str, index: int, change: Any) -> Messages:
+    """The messages with ``change`` applied to the index-th one of a topic (all: -1)."""
+    out, seen = [], 0
+    for m in messages:
+        if m.topic == topic:
+            if index in (-1, seen):
+                m = copy.deepcopy(m)
+                change(m.message)
+            seen += 1
+        out.append(m)
+    return out
+
+
+def without(messages: Messages, topic: str, index: int = -1) -> Messages:
+    """The messages without the index-th one of a topic (all: -1)."""
+    at = [i for i, m in enumerate(messages) if m.topic == topic]
+    gone = set(at if index == -1 else [at[index]])
+    return [m for i, m in enumerate(messages) if i not in gone]
+
+
+def run(messages: Messages, assembler: FrameAssembler | None = None, *, flush: bool = True) -> tuple[list[Frame], Any]:
+    assembler = assembler or FrameAssembler()
+    frames = list(feed(assembler, messages))
+    return frames + (assembler.flush() if flush else []), assembler
+
+
+# ------------------------------------------------------------------------------------------------------ good input
+
+
+def test_keyframes(keyframes: Messages) -> None:
+    frames, assembler = run(keyframes, flush=False)
+    assert len(frames) == 5 and not assembler.drops
+    for i, frame in enumerate(frames):
+        assert [s.camera.name for s in frame.shots] == list(CAMERAS)
+        assert frame.location == LOCATION
+        assert frame.stamp_ns == frame.shots[0].stamp_ns == START_NS + i * NS // 2 + 8_000_000
+        np.testing.assert_array_equal(frame.map_from_base, frame.shots[0].map_from_base)
+        assert (frame.position_std, frame.yaw_std) == pytest.approx((0.05, 0.005))
+        for c, shot in enumerate(frame.shots):
+            assert shot.image == jpeg(6 * i + c)
+            # Every image has the pose of its own moment, exactly as recorded.
+            want = ego((shot.stamp_ns - START_NS) / NS)
+            np.testing.assert_allclose(shot.map_from_base, transform_from(*map(np.array, want)), atol=1e-9)
+            mount = transform_from(*map(np.array, camera_rig(shot.camera.name)))
+            np.testing.assert_allclose(shot.camera.base_from_camera, mount, atol=1e-9)
+            assert (shot.camera.width, shot.camera.height) == (WIDTH, HEIGHT)
+
+
+def test_frame_comes_with_its_last_image(keyframes: Messages) -> None:
+    assembler = FrameAssembler()
+    for m in keyframes:
+        frames = list(feed(assembler, [m]))
+        assert bool(frames) == (m.topic == image_of("cam_back_left"))
+
+
+def test_stream_and_same_order_same_result(stream: Messages) -> None:
+    frames, assembler = run(stream, flush=False)
+    assert len(frames) == 24 and not assembler.drops
+    again, _ = run(stream, flush=False)
+    assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in again]
+
+
+def test_uneven_period_as_in_nuscenes(stream: Messages) -> None:
+    """20 Hz LIDAR, 12 Hz cameras: they skip turns, so gaps are 50 and 100 ms."""
+    turns, turn = [], 0
+    for i in range(24):
+        turns.append(turn)
+        turn += 1 if i % 5 in (1, 3, 4) else 2
+    shift = [t * 50_000_000 - round(i / 12 * 1e6) * 1000 for i, t in enumerate(turns)]
+    per_topic: dict[str, int] = {}
+    out = []
+    for m in stream:
+        i = per_topic.get(m.topic, 0)
+        per_topic[m.topic] = i + 1
+        if m.topic in ("/odom", "/tf"):
+            i //= 6
+        out.append(m if i >= 24 or m.topic in ("/tf_static", "/location") else moved(m, shift[i]))
+    frames, assembler = run(sorted(out, key=lambda m: m.stamp_ns))
+    assert len(frames) == 24 and not assembler.drops
+    for frame in frames:
+        stamps = [s.stamp_ns for s in frame.shots]
+        assert max(stamps) - min(stamps) < 60_000_000
+
+
+def test_jitter_of_delivery_loses_nothing(stream: Messages) -> None:
+    """Topics overtake one another by up to 30 ms; each stays in order."""
+    rng = random.Random(1)
+    clock: dict[str, int] = {}
+    arrivals = []
+    for m in stream:
+        clock[m.topic] = max(clock.get(m.topic, 0), m.stamp_ns + rng.randrange(30_000_000))
+        arrivals.append(m.stamp_ns if m.topic in ("/tf_static", "/location") else clock[m.topic])
+    order = sorted(range(len(stream)), key=lambda i: arrivals[i])
+    frames, assembler = run([stream[i] for i in order])
+    assert len(frames) == 24 and not assembler.drops
+    assert all(abs(s.stamp_ns - f.stamp_ns) < 42_000_000 for f in frames for s in f.shots)
+
+
+def test_pose_between_neighbours(keyframes: Messages) -> None:
+    """A pose topic of its own rate: poses are interpolated, and waited for."""
+    base = next(m for m in keyframes if m.topic == "/odom")
+    poses = []
+    for i in range(-2, 60):
+        seconds = i * 0.05
+        pose = copy.deepcopy(base)
+        total = START_NS + round(seconds * NS)
+        pose.message.header.stamp.sec, pose.message.header.stamp.nanosec = total // NS, total % NS
+        (x, y, _), (_, _, z, w) = ego(seconds)
+        p = pose.message.pose.pose
+        p.position.x, p.position.y, p.orientation.z, p.orientation.w = x, y, z, w
+        poses.append(pose._replace(stamp_ns=total))
+    messages = sorted(without(keyframes, "/odom") + poses, key=lambda m: m.stamp_ns)
+    messages.sort(key=lambda m: m.topic not in ("/tf_static", "/location"))
+    frames, assembler = run(messages)
+    assert len(frames) == 5 and not assembler.drops
+    for shot in frames[2].shots:
+        want = transform_from(*map(np.array, ego((shot.stamp_ns - START_NS) / NS)))
+        np.testing.assert_allclose(shot.map_from_base, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
+@pytest.mark.parametrize("kind", [np.asarray, lambda a: array.array("B", a.tobytes()), lambda a: a.tolist()])
+def test_raw_images(keyframes: Messages, encoding: str, kind: Any) -> None:
+    rgb = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint32).astype(np.uint8).reshape(HEIGHT, WIDTH, 3)
+    step = 3 * WIDTH + 4  # padded rows
+    rows = np.zeros((HEIGHT, step), np.uint8)
+    rows[:, : 3 * WIDTH] = (rgb if encoding == "rgb8" else rgb[..., ::-1]).reshape(HEIGHT, -1)
+
+    def to_raw(m: BagMessage) -> BagMessage:
+        if "compressed" not in m.topic:
+            return m
+        message = SimpleNamespace(
+            header=m.message.header, encoding=encoding, width=WIDTH, height=HEIGHT, step=step, data=kind(rows.ravel())
+        )
+        return m._replace(message=message)
+
+    frames, assembler = run([to_raw(m) for m in keyframes])
+    assert len(frames) == 5 and not assembler.drops
+    image = frames[0].shots[3].image
+    assert isinstance(image, np.ndarray)
+    np.testing.assert_array_equal(image, rgb)
+
+
+def test_extrinsics_through_a_chain(keyframes: Messages) -> None:
+    def chain(message: Any) -> None:
+        front = next(t for t in message.transforms if t.child_frame_id == "cam_front_optical_frame")
+        rig = copy.deepcopy(front)
+        rig.child_frame_id, front.header.frame_id = "roof", "roof"
+        rig.transform.rotation.x = rig.transform.rotation.y = rig.transform.rotation.z = 0.0
+        rig.transform.rotation.w = 1.0
+        message.transforms.append(rig)
+
+    frames, _ = run(changed(keyframes, "/tf_static", 0, chain))
+    xyz, _ = camera_rig("cam_front")
+    np.testing.assert_allclose(frames[0].shots[0].camera.base_from_camera[:3, 3], 2 * np.array(xyz), atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def only(assembler: FrameAssembler, cause: str, count: int) -> str:
+    assert dict(assembler.drops) == {cause: count}
+    text = assembler.last_error[cause]
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_one_missing_image(keyframes: Messages, camera: str) -> None:
+    frames, assembler = run(without(keyframes, image_of(camera), 2))
+    assert len(frames) == 4
+    assert camera in only(assembler, "missing camera", 1)
+
+
+@pytest.mark.parametrize("camera", ["cam_back", ANCHOR_CAMERA])
+def test_a_camera_that_never_sends(keyframes: Messages, camera: str) -> None:
+    frames, assembler = run(without(keyframes, image_of(camera)))
+    assert not frames
+    text = only(assembler, "missing camera", 5)
+    assert f"{camera} has no image within 0.1 s" in text and f"check {camera}/image_raw/compressed" in text
+
+
+def test_missing_camera_is_given_up_by_stamps_and_memory_is_bounded(stream: Messages) -> None:
+    assembler = FrameAssembler()
+    assert not list(feed(assembler, without(stream, image_of("cam_back"))))
+    assert assembler.drops["missing camera"] >= 15  # all but the last 0.6 s
+    assert max(len(q) for q in assembler._images.values()) <= 10
+
+
+def test_one_missing_image_in_a_stream_is_bridged(stream: Messages) -> None:
+    """A neighbour within the spread stands in for a lost image: it has its own pose."""
+    frames, assembler = run(without(stream, image_of("cam_back"), 7))
+    assert len(frames) == 24 and not assembler.drops
+    # With a limit under the period there is none.
+    frames, assembler = run(without(stream, image_of("cam_back"), 7), FrameAssembler(max_camera_spread=0.05))
+    assert len(frames) == 23
+    assert "cam_back has no image" in only(assembler, "missing camera", 1)
+
+
+def test_wrong_image_size(keyframes: Messages) -> None:
+    def shrink(m: Any) -> None:
+        m.data = np.frombuffer(jpeg(1, 80, 45), np.uint8)
+
+    frames, assembler = run(changed(keyframes, image_of("cam_back"), 1, shrink))
+    assert len(frames) == 4
+    assert "cam_back: image is 80 x 45 pixels but cam_back/camera_info says 160 x 90" in only(
+        assembler, "wrong image size", 1
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", jpeg()[:-40], jpeg()[:30]])
+def test_bad_image(keyframes: Messages, data: bytes) -> None:
+    def spoil(m: Any) -> None:
+        m.data = np.frombuffer(data, np.uint8)
+
+    frames, assembler = run(changed(keyframes, image_of("cam_back"), 1, spoil))
+    assert len(frames) == 4
+    assert "cam_back/image_raw/compressed at" in only(assembler, "bad image", 1)
+
+
+def test_bad_raw_image(keyframes: Messages) -> None:
+    def raw(encoding: str, size: int) -> Messages:
+        out = []
+        for m in keyframes:
+            if m.topic == image_of("cam_back"):
+                data = bytes(size)
+                fields = dict(encoding=encoding, width=WIDTH, height=HEIGHT, step=3 * WIDTH, data=data)
+                m = m._replace(message=SimpleNamespace(header=m.message.header, **fields))
+            out.append(m)
+        return out
+
+    _, assembler = run(raw("mono8", 3 * WIDTH * HEIGHT))
+    assert "cam_back/image_raw: encoding 'mono8'" in only(assembler, "bad image", 5)
+    _, assembler = run(raw("rgb8", 10))
+    assert "10 bytes do not hold 160 x 90" in only(assembler, "bad image", 5)
+
+
+@pytest.mark.parametrize("field", ["position.x", "position.z", "orientation.w"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pose_not_finite(keyframes: Messages, field: str, value: float) -> None:
+    part, axis = field.split(".")
+    # It never enters: its neighbours 8 ms away bridge the gap ...
+    spoil = lambda m: setattr(getattr(m.pose.pose, part), axis, value)  # noqa: E731
+    frames, assembler = run(changed(keyframes, "/odom", 7, spoil))
+    assert len(frames) == 5
+    assert "odom at 1532402927.508" in only(assembler, "pose not finite", 1)
+    assert all(np.isfinite(s.map_from_base).all() for f in frames for s in f.shots)
+    # ... and where there are none near enough, the frame has no pose.
+    frames, assembler = run(changed(keyframes, "/odom", 6, spoil))
+    assert len(frames) == 4
+    assert assembler.drops == {"pose not finite": 1, "no pose": 1}
+
+
+def test_zero_quaternion_and_bad_covariance(keyframes: Messages) -> None:
+    _, assembler = run(changed(keyframes, "/odom", -1, lambda m: setattr(m.pose.pose.orientation, "w", 0.0)))
+    assert assembler.drops["pose not finite"] == 0  # z is not zero: still a rotation
+    _, assembler = run(changed(keyframes, "/odom", 3, lambda m: m.pose.covariance.__setitem__(7, float("nan"))))
+    assert "covariance" in assembler.last_error["pose not finite"]
+
+
+def test_no_pose(keyframes: Messages) -> None:
+    frames, assembler = run(without(keyframes, "/odom"))
+    assert not frames
+    assert "nearest: none received): check odom" in only(assembler, "no pose", 5)
+
+
+def test_pose_too_far_away(keyframes: Messages) -> None:
+    late = [moved(m, 250_000_000) if m.topic == "/odom" else m for m in keyframes]
+    frames, assembler = run(sorted(late, key=lambda m: m.stamp_ns))
+    assert not frames
+    assert "raise max_pose_age" in only(assembler, "no pose", 5)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("frame", "odom"), ("child", "imu_link")])
+def test_wrong_pose_frame(keyframes: Messages, attribute: str, value: str) -> None:
+    def change(m: Any) -> None:
+        if attribute == "frame":
+            m.header.frame_id = value
+        else:
+            m.child_frame_id = value
+
+    frames, assembler = run(changed(keyframes, "/odom", -1, change))
+    assert not frames
+    assert f"'{value}'" in assembler.last_error["wrong pose frame"]
+
+
+def test_no_calibration(keyframes: Messages) -> None:
+    frames, assembler = run(without(keyframes, "/cam_back/camera_info"))
+    assert not frames
+    assert "check the topic cam_back/camera_info" in only(assembler, "no calibration", 5)
+    frames, assembler = run(changed(keyframes, "/cam_back/camera_info", -1, lambda m: m.k.fill(0)))
+    assert not frames
+    assert "cam_back/camera_info: no usable calibration" in only(assembler, "no calibration", 5)
+
+
+def test_no_extrinsics(keyframes: Messages) -> None:
+    def remove(m: Any) -> None:
+        m.transforms = [t for t in m.transforms if t.child_frame_id != "cam_back_optical_frame"]
+
+    def ring(m: Any) -> None:
+        t = next(t for t in m.transforms if t.child_frame_id == "cam_back_optical_frame")
+        t.header.frame_id = "cam_back_optical_frame"
+
+    for change in (remove, ring):
+        frames, assembler = run(changed(keyframes, "/tf_static", 0, change))
+        assert not frames
+        assert "no transform from base_link to cam_back_optical_frame" in only(assembler, "no extrinsics", 5)
+
+
+def test_late_calibration_is_waited_for(keyframes: Messages) -> None:
+    order = sorted(keyframes, key=lambda m: m.stamp_ns + 100_000_000 * (m.topic in ("/tf_static", "/location")))
+    frames, assembler = run(order, flush=False)
+    assert len(frames) == 5 and not assembler.drops
+
+
+def test_no_location(keyframes: Messages) -> None:
+    frames, assembler = run(without(keyframes, "/location"))
+    assert not frames
+    assert "parameter 'location'" in only(assembler, "no location", 5)
+
+
+def test_change_of_location_drops_what_waits(keyframes: Messages) -> None:
+    assembler = FrameAssembler()
+    first = [m for m in keyframes if m.stamp_ns <= START_NS + 20_000_000]
+    assert not list(feed(assembler, first))
+    assembler.set_location("boston-seaport")
+    frames = list(feed(assembler, keyframes[len(first) :]))
+    assert [f.location for f in frames] == ["boston-seaport"] * 4
+    assembler.set_location(" ")
+    assert assembler.location == "boston-seaport" and assembler.drops["no location"] == 1
+
+
+def test_camera_spread(keyframes: Messages) -> None:
+    def split(m: BagMessage) -> BagMessage:
+        by = {image_of("cam_back"): 60_000_000, image_of("cam_front_left"): -60_000_000}.get(m.topic)
+        return moved(m, by) if by else m
+
+    poses = [moved(m, by) for m in keyframes if m.topic == "/odom" for by in (-60_000_000, 60_000_000)]
+    messages = sorted([split(m) for m in keyframes] + poses, key=lambda m: m.stamp_ns)
+    frames, assembler = run(messages)
+    assert not frames
+    assert "0.153 s apart (cam_front_left to cam_back)" in only(assembler, "camera spread", 5)
+    frames, assembler = run(messages, FrameAssembler(max_camera_spread=0.2))
+    assert len(frames) == 5
+
+
+def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> None:
+    """The bag starts again in the middle of a frame, without its latched messages."""
+    middle = next(i for i, m in enumerate(keyframes) if m.stamp_ns > START_NS + 2_020_000_000)
+    again = [m for m in keyframes if "camera_info" not in m.topic and m.topic not in ("/tf_static", "/location")]
+    frames, assembler = run(keyframes[:middle] + again)
+    assert [f.stamp_ns for f in frames] == 2 * [START_NS + 8_000_000 + i * NS // 2 for i in range(4)] + [
+        START_NS + 2_008_000_000
+    ]
+    assert "went back by 2.0 s" in only(assembler, "clock jump", 1)
+    assert assembler.epoch == 1
+
+
+def test_small_steps_back_are_no_jump(keyframes: Messages) -> None:
+    """A late or repeated image is counted, and nothing is cleared."""
+    image = next(m for m in keyframes if m.topic == image_of(ANCHOR_CAMERA))
+    at = next(i for i, m in enumerate(keyframes) if m.stamp_ns > START_NS + 400_000_000)
+    _, assembler = run(keyframes[:at] + [image] + keyframes[at:])
+    only(assembler, "late image", 1)
+    first = keyframes.index(image)
+    frames, assembler = run(keyframes[: first + 1] + [image] + keyframes[first + 1 :])
+    assert len(frames) == 5
+    only(assembler, "duplicate image", 1)
+
+
+def test_a_camera_with_its_own_clock_is_the_one_named(stream: Messages) -> None:
+    ahead = [moved(m, 500 * NS) if m.topic == image_of("cam_back") else m for m in stream]
+    frames, assembler = run(ahead)
+    assert not frames
+    assert "cam_back has no image" in only(assembler, "missing camera", 24)
+    assert "newest is +499.942 s" in assembler.last_error["missing camera"]
+
+
+def test_distortion_is_noted(keyframes: Messages) -> None:
+    frames, assembler = run(changed(keyframes, "/cam_back/camera_info", -1, lambda m: m.d.__setitem__(0, 0.1)))
+    assert len(frames) == 5
+    assert "rectify" in assembler.notes["cam_back/camera_info"]
+
+
+def test_limits_are_checked() -> None:
+    for limits in ({"max_camera_spread": 0.0}, {"max_pose_age": float("nan")}, {"queue_size": 1}):
+        with pytest.raises(NmpError, match=next(iter(limits))):
+            FrameAssembler(**limits)
