@@ -83,7 +83,7 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
         if not separator:
             raise NmpError(f"override {override!r} must look like key=value")
         _assign(values, key.split("."), yaml.safe_load(text), override)
-    return _build(TrainConfig, values, str(path))  # type: ignore[no-any-return]
+    return _build(TrainConfig, values, str(path))
 
 
 def _assign(values: Any, keys: list[str], value: Any, override: str) -> None:
@@ -97,7 +97,7 @@ def _assign(values: Any, keys: list[str], value: Any, override: str) -> None:
     values[keys[-1]] = value
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
+def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise NmpError(f"{where}: expected keys and values, got {values!r}")
     hints = get_type_hints(kind)
@@ -111,7 +111,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
         if hint is NetworkConfig:
             out[name] = NetworkConfig.from_dict(value)
         elif dataclasses.is_dataclass(hint):
-            out[name] = _build(hint, value, here)  # type: ignore[arg-type]
+            out[name] = _build(hint, value, here)
         elif name == "stages":
             out[name] = tuple(_build(StageConfig, v, f"{here}[{i}]") for i, v in enumerate(value))
         else:

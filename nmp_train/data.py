@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,14 +51,14 @@ class Group:
 
 def collate(groups: Sequence[Group]) -> Group:
     """Stack groups into a batch."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(Group):
         items = [getattr(g, field.name) for g in groups]
         if field.name == "solids":
             values[field.name] = tuple(torch.stack(part) for part in zip(*items, strict=True))
         else:
             values[field.name] = torch.stack(items)
-    return Group(**values)  # type: ignore[arg-type]
+    return Group(**values)
 
 
 class SimulatedGroups(Dataset[Group]):
@@ -106,19 +107,18 @@ class SimulatedGroups(Dataset[Group]):
             chosen += [int(i) for i in rng.choice(near, self.group - 1, replace=len(near) < self.group - 1)]
         rig = self.rigs[int(rng.integers(len(self.rigs)))]
         parts = [self._frame(world, rig, i, rng) for i in chosen]
-        stacked = [torch.stack([p[k] for p in parts]) for k in range(4)]
-        solids = tuple(torch.cat(s) for s in zip(*(p[4] for p in parts), strict=True))
+        intrinsics, map_from_camera, pixel_from_base, truth, solids = zip(*parts, strict=True)
         frames = world.frames[chosen]
         relative = np.column_stack([frames[:, :2] - frames[0, :2], frames[:, 2]])
         return Group(
             city=torch.tensor(which),
             centre=torch.from_numpy(frames[:, :2].copy()),
             pose=torch.from_numpy(relative).float(),
-            intrinsics=stacked[0],
-            map_from_camera=stacked[1],
-            pixel_from_base=stacked[2],
-            solids=solids,
-            truth=stacked[3],
+            intrinsics=torch.stack(intrinsics),
+            map_from_camera=torch.stack(map_from_camera),
+            pixel_from_base=torch.stack(pixel_from_base),
+            solids=tuple(torch.cat(part) for part in zip(*solids, strict=True)),
+            truth=torch.stack(truth),
         )
 
     def _frame(

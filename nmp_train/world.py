@@ -47,10 +47,7 @@ def make_world(
     rng = np.random.default_rng(seed + 2)
     traffic = [make_traffic(tables, r, seed * 1009 + i, float(rng.uniform(0.4, 1.6))) for i, r in enumerate(routes)]
     frames = np.concatenate(
-        [
-            np.column_stack([r.poses_xyyaw, np.full(len(r.times_s), i), r.times_s])
-            for i, r in enumerate(routes)
-        ]
+        [np.column_stack([r.poses_xyyaw, np.full(len(r.times_s), i), r.times_s]) for i, r in enumerate(routes)]
     )
     return World(
         tables,

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rosbags.rosbag2 import StoragePlugin, Writer
 from scipy.spatial.transform import Rotation
 
 from nmp import topics
 from nmp.assembly import FrameAssembler
-from nmp.bags.nuscenes_to_bag import Shot, write_bag
+from nmp.bags.nuscenes_to_bag import STORE, Shot, offered_qos, write_bag
 from nmp.bags.reader import BagMessage, BagReader
 from nmp.frame import CAMERAS, Frame
 
@@ -170,3 +171,17 @@ def make_nuscenes(root: Path, keyframes: int = 2, sweeps: int = 1, scene: str = 
     for name, rows in tables.items():
         (root / "v1.0-mini" / f"{name}.json").write_text(json.dumps(rows))
     return root
+
+
+def write_messages(path: Path, messages: list[BagMessage]) -> Path:
+    """Write messages, for instance spoiled ones, as a bag; latched topics stay latched."""
+    with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        connections = {}
+        for topic, stamp, message in messages:
+            kind = message.__msgtype__
+            if topic not in connections:
+                latched = topic in (topics.TF_STATIC, topics.absolute(topics.LOCATION))
+                qos = offered_qos(topics.LATCHED if latched else topics.SENSOR_OUT)
+                connections[topic] = writer.add_connection(topic, kind, typestore=STORE, offered_qos_profiles=[qos])
+            writer.write(connections[topic], stamp, STORE.serialize_cdr(message, kind))
+    return path

@@ -51,7 +51,7 @@ class MapBuilder:
     def __init__(self, name: str, width_m: float, height_m: float) -> None:
         self._name = name
         self._count = 0
-        self.tables: dict[str, Any] = {"version": "1.3", "canvas_edge": [float(width_m), float(height_m)]}
+        self.tables: dict[str, Any] = {"version": "1.3", "location": name.split(":")[1], "canvas_edge": [float(width_m), float(height_m)]}
         self.tables["connectivity"] = {}
         self.tables["arcline_path_3"] = {}
         for table in LIST_TABLES:

@@ -7,7 +7,8 @@ CPU and training batches on a GPU; on a GPU ``compiled=True`` fuses it into a fe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -152,7 +153,7 @@ def render(
     shadow = _shadow_map(solids, weather)
     u = (torch.arange(width * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
     v = (torch.arange(height * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
-    trace = _compiled_trace() if compiled else _trace
+    trace: Callable[..., Tensor] = _compiled_trace() if compiled else _trace
     eye = map_from_camera[..., :3, 3]
     origin = (centre - ground.origin[city, :2]).float()  # centre relative to the texture's corner
     texel = ground.origin[city, 2].float()
@@ -206,7 +207,9 @@ def _visible(solids: Solids, sample: int, ray: Tensor, eye: Tensor, u: Tensor, v
     """Return the indices of the solids whose bounding sphere can meet a strip of the image (CPU only)."""
     offset = solids.centre[sample] - eye
     radius = solids.size[sample].norm(dim=-1) / 2
-    left, right = (torch.stack([ray @ torch.stack([e, y, torch.ones(())]) for y in (v[0], v[-1])]) for e in (u[0], u[-1]))
+    left, right = (
+        torch.stack([ray @ torch.stack([e, y, torch.ones(())]) for y in (v[0], v[-1])]) for e in (u[0], u[-1])
+    )
     # planes through the eye and the strip's vertical edges; their normals point into the strip
     inward_left = torch.linalg.cross(left[1], left[0])
     inward_right = torch.linalg.cross(right[0], right[1])
@@ -233,9 +236,10 @@ def _shadow_map(solids: Solids, weather: Weather) -> Tensor:
     order = torch.where(solids.size[..., 0] > 0, solids.centre[..., :2].norm(dim=-1), FAR_M).argsort(dim=1)
     for index in range(min(near, 48)):
         k = order[:, index : index + 1]
-        c, h = solids.centre.gather(1, k[..., None].expand(-1, -1, 3))[:, 0], solids.size.gather(
-            1, k[..., None].expand(-1, -1, 3)
-        )[:, 0] / 2
+        c, h = (
+            solids.centre.gather(1, k[..., None].expand(-1, -1, 3))[:, 0],
+            solids.size.gather(1, k[..., None].expand(-1, -1, 3))[:, 0] / 2,
+        )
         yaw = solids.yaw.gather(1, k)
         cos, sin = yaw.cos()[..., None], yaw.sin()[..., None]
         top = (c[:, 2] + h[:, 2]).clamp(min=0)[:, None]
@@ -245,7 +249,9 @@ def _shadow_map(solids: Solids, weather: Weather) -> Tensor:
         length2 = (tip**2).sum(dim=1)[:, None, None].clamp(min=1e-3)
         along = ((-dx * tip[:, 0, None, None] - dy * tip[:, 1, None, None]) / length2).clamp(0, 1)
         px, py = dx + along * tip[:, 0, None, None], dy + along * tip[:, 1, None, None]
-        inside = ((cos * px + sin * py).abs() < h[:, 0, None, None]) & ((-sin * px + cos * py).abs() < h[:, 1, None, None])
+        inside = ((cos * px + sin * py).abs() < h[:, 0, None, None]) & (
+            (-sin * px + cos * py).abs() < h[:, 1, None, None]
+        )
         lit = torch.where(inside, torch.where(along < 0.02, 0.15, 0.35) * torch.ones_like(lit), lit)
     return functional.avg_pool2d(lit[:, None], 3, 1, 1)[:, 0]
 
@@ -339,13 +345,17 @@ def _trace(
     blue = (up * 2).clamp(max=1)[:, :, None] * (sunlight > 0.3).float().view(-1, 1, 1, 1, 1)
     sky = sky_light[:, :, None] * (sky_tint * (1 - blue) + deep * blue)
     mirror = wet.view(per_sample) * (1 + dz / length).clamp(0, 1) ** 4 * 0.8
-    colour_ground = colour_ground * (1 - mirror[:, :, None]) * (1 - 0.35 * wet.view(-1, 1, 1, 1, 1)) + sky * mirror[:, :, None]
+    colour_ground = (
+        colour_ground * (1 - mirror[:, :, None]) * (1 - 0.35 * wet.view(-1, 1, 1, 1, 1)) + sky * mirror[:, :, None]
+    )
 
     # solids: in its own axes each is the cube [-1, 1]^3 or the unit ball
     half = (size / 2).clamp(min=1e-3)
     cos, sin = yaw.cos(), yaw.sin()
     zero, unit = torch.zeros_like(cos), torch.ones_like(cos)
-    turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, unit], dim=-1).unflatten(-1, (3, 3)) / half[..., None]
+    turn = (
+        torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, unit], dim=-1).unflatten(-1, (3, 3)) / half[..., None]
+    )
     start = (turn[:, None] * (eye[:, :, None] - centre[:, None])[..., None, :]).sum(dim=-1)  # [B, N, K, 3]
     # [B, N, K, 3, 3]: (u, v, 1) to the ray's direction in the solid's axes
     matrix = (turn[:, None, ..., None] * ray[:, :, None, None]).sum(dim=-2)
@@ -445,24 +455,28 @@ def _shade_solid(
     wheel = (k == 0) & on_side & (z < -0.45) & ((x.abs() - 0.62).abs() < 0.16)
     metric_x = torch.where(normal[:, :, 0].abs() > 0.5, y * size[..., 1], x * size[..., 0])
     metric_z = (z + 1) * size[..., 2]
-    window = (k == BUILDING_KIND) & on_side & ((metric_x % 3.2) < 1.7) & ((metric_z % 3.3) > 1.1) & ((metric_z % 3.3) < 2.7)
+    window = (
+        (k == BUILDING_KIND) & on_side & ((metric_x % 3.2) < 1.7) & ((metric_z % 3.3) > 1.1) & ((metric_z % 3.3) < 2.7)
+    )
     dark = glass | wheel | window
     leaf = ((x * 7.3).sin() * (y * 8.1).sin() + (z * 9.7).sin() * (x * 5.1 + y * 4.3).sin()) * 0.22
     tone = torch.where(dark, 0.22, 1.0) + torch.where(k == 3, leaf, torch.zeros_like(leaf))
     return colour.permute(0, 1, 4, 2, 3) * tone[:, :, None], lambert
 
 
-_cache: dict[str, object] = {}
-
-
-def _compiled_trace():  # type: ignore[no-untyped-def]
-    if "trace" not in _cache:
-        _cache["trace"] = torch.compile(_trace, dynamic=False)
-    return _cache["trace"]
+@functools.cache
+def _compiled_trace() -> Callable[..., Tensor]:
+    return torch.compile(_trace, dynamic=False)
 
 
 def solids_from_boxes(
-    centre: np.ndarray, size: np.ndarray, yaw: np.ndarray, rgb: np.ndarray, kind: np.ndarray, about: np.ndarray, limit: int
+    centre: np.ndarray,
+    size: np.ndarray,
+    yaw: np.ndarray,
+    rgb: np.ndarray,
+    kind: np.ndarray,
+    about: np.ndarray,
+    limit: int,
 ) -> Solids:
     """Pack the ``limit`` solids nearest to ``about`` [2] (m) into a [1, limit] batch, relative to ``about``."""
     distance = np.linalg.norm(centre[:, :2] - about, axis=1) - np.linalg.norm(size[:, :2], axis=1) / 2

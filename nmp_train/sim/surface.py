@@ -94,14 +94,14 @@ class _Painter:
         for part in getattr(union, "geoms", [union]):
             if part.geom_type == "Polygon" and not part.is_empty:
                 rings = [self._pixels(np.array(r.coords)) for r in (part.exterior, *part.interiors)]
-                cv2.fillPoly(mask, rings, 255, lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
+                cv2.fillPoly(mask, rings, (255,), lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
         return mask
 
     def _noise(self, scale_m: float) -> Image:
         """Smooth noise of about unit deviation with features of the given size (m)."""
         rows, cols = (max(2, int(n * self.res / scale_m) + 2) for n in self.shape)
         coarse = self.rng.standard_normal((rows, cols)).astype(np.float32)
-        return cv2.resize(coarse, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return np.asarray(cv2.resize(coarse, self.shape[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
 
     @staticmethod
     def _tint(noise: Image, rgb: NDArray[np.float64], contrast: float) -> Image:
@@ -114,7 +114,12 @@ class _Painter:
         rgb += alpha * (other - rgb)
 
     def _stroke(
-        self, rgb: Image, lines: list[NDArray[np.float64]], width_m: float, colour: NDArray[np.float64], opacity: Image | float
+        self,
+        rgb: Image,
+        lines: list[NDArray[np.float64]],
+        width_m: float,
+        colour: NDArray[np.float64],
+        opacity: Image | float,
     ) -> None:
         """Draw polylines (map frame, m) with antialiasing, touching only the pixels around them."""
         for line in _pieces(lines):
@@ -127,7 +132,7 @@ class _Painter:
             mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
             shifted = pixels - (low << SUBPIXEL_BITS).astype(np.int32)
             thickness = max(1, round(width_m / self.res))
-            cv2.polylines(mask, [shifted], False, 255, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
+            cv2.polylines(mask, [shifted], False, (255,), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
             block = (slice(low[1], high[1]), slice(low[0], high[0]))
             alpha = mask.astype(np.float32) / 255 * (opacity if isinstance(opacity, float) else opacity[block])
             rgb[block] += alpha[..., None] * (colour.astype(np.float32) - rgb[block])
@@ -142,7 +147,9 @@ class _Painter:
         white, yellow = np.array([0.85, 0.85, 0.82]), np.array([0.82, 0.62, 0.14])
         levels = [self._worn(wear, level) for level in (0.15, 0.5, 0.9)]
 
-        def strokes(line: LineString, width: float, colour: NDArray[np.float64], dash: tuple[float, float] | None) -> None:
+        def strokes(
+            line: LineString, width: float, colour: NDArray[np.float64], dash: tuple[float, float] | None
+        ) -> None:
             opacity = levels[int(self.rng.choice(3, p=[0.2, 0.35, 0.45]))]
             self._stroke(rgb, _dashes(line, dash, self.rng.uniform(0, 9)), width, colour, opacity)
 

@@ -73,7 +73,7 @@ class CityMap:
             return cls.from_tables(tables, location)
         except (KeyError, TypeError) as error:
             raise NmpError(
-                f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack the map expansion again"
+                f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack it again"
             ) from error
 
     @classmethod

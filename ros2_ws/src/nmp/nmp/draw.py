@@ -7,7 +7,7 @@ right, map y up). Pictures are RGB uint8 [height, width, 3].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,17 +74,19 @@ def _label(picture: Picture, text: str, size: int = 13) -> None:
     _write(picture, text, 7, 4, size)
 
 
-def legend(width: int, height: int = 34, title: str = "") -> Picture:
-    """Return a strip with a title on the left and the class colours on the right."""
-    out = np.full((height, width, 3), INK, np.uint8)
-    top = (height - 18) // 2
-    left = _write(out, title, 12, top, 15, bold=True) if title else 12
-    names = [(name, round(_font(13, False).getlength(name))) for name in CLASSES]
-    x = max(width - sum(w + 46 for _, w in names), left + 24)
+def legend(width: int, title: str = "", zoom: float = 1.0) -> Picture:
+    """Return a strip with a title on the left and the class colours on the right; ``zoom`` scales all of it."""
+    big, small = round(15 * zoom), round(13 * zoom)
+    out = np.full((round(44 * zoom), width, 3), INK, np.uint8)
+    middle, margin = out.shape[0] // 2, round(12 * zoom)
+    left = _write(out, title, margin, middle - round(0.6 * big), big, bold=True) if title else margin
+    line, gap = round(18 * zoom), round(8 * zoom)
+    names = [(name, round(_font(small, False).getlength(name))) for name in CLASSES]
+    x = max(width - sum(w + line + 2 * gap + margin for _, w in names), left + 2 * margin)
     for name, text_width in names:
-        cv2.line(out, (x, height // 2), (x + 18, height // 2), CLASS_COLOURS[name], 4, cv2.LINE_AA)
-        _write(out, name, x + 26, top + 1, 13)
-        x += text_width + 46
+        cv2.line(out, (x, middle), (x + line, middle), CLASS_COLOURS[name], round(4 * zoom), cv2.LINE_AA)
+        _write(out, name, x + line + gap, middle - round(0.6 * small), small)
+        x += text_width + line + 2 * gap + margin
     return out
 
 
@@ -284,14 +286,28 @@ def film_strip(
     return _beside([mosaic, _below(views, gap)], gap * 2)
 
 
+def comparison(frame: Frame, sides: Mapping[str, Layers], grid: BevGrid, *, camera_width: int = 320) -> Picture:
+    """Show one moment in columns, one per named set of layers: the bird's-eye view above, the cameras below."""
+    gap = 4
+    columns = []
+    for title, layers in sides.items():
+        mosaic = camera_mosaic(frame, layers, grid, width=camera_width, gap=gap)
+        width = mosaic.shape[1]
+        view = _shrink(layers_picture(layers, grid, scale=3), width, round(width * grid.width / grid.length))
+        _label(view, title, 16)
+        columns.append(_below([view, mosaic], gap))
+    return _beside(columns, 4 * gap)
+
+
 def film_sheet(strips: Sequence[Picture], title: str, captions: Sequence[str] = ()) -> Picture:
     """Stack film strips under a title and the legend, each under its caption."""
     width = max(s.shape[1] for s in strips)
-    parts = [legend(width, 44, title)]
+    zoom = _zoom(width)
+    parts = [legend(width, title, zoom)]
     for index, strip in enumerate(strips):
         if captions:
-            caption = np.full((22, width, 3), INK, np.uint8)
-            _write(caption, captions[index], 12, 3, 12, FAINT)
+            caption = np.full((round(22 * zoom), width, 3), INK, np.uint8)
+            _write(caption, captions[index], round(12 * zoom), round(3 * zoom), round(13 * zoom), FAINT)
             parts.append(caption)
         parts.append(strip)
     return _below(parts, 6)
@@ -371,21 +387,29 @@ def _draw_way(picture: Picture, points: Array, thickness: int) -> None:
         cv2.circle(picture, (x, y), 3 * thickness + 1, TRACK, -1 if name == "start" else 2, cv2.LINE_AA)
 
 
+def _zoom(width: int) -> float:
+    """How much larger than usual the writing on a wide picture has to be, which is shown reduced."""
+    return min(max(width / 1000, 1.0), 2.0)
+
+
 def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> Picture:
     """Add the title with the legend above and the scale bar below."""
     width = max(picture.shape[1], 760)
-    foot = np.full((44, width, 3), INK, np.uint8)
-    # the longest round length that takes up to a third of the width
-    metres = max((m for m in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if m / resolution <= width / 3), default=5)
-    length = round(metres / resolution)
-    cv2.line(foot, (14, 22), (14 + length, 22), TEXT, 2)
-    for x in (14, 14 + length):
-        cv2.line(foot, (x, 16), (x, 28), TEXT, 2)
-    x = _write(foot, f"{metres} m", 24 + length, 14, 14)
-    x = _write(foot, "north is up", x + 28, 15, 13, FAINT) + 28
-    cv2.circle(foot, (x + 4, 22), 5, TRACK, -1, cv2.LINE_AA)
-    x = _write(foot, f"start, way driven ({note})", x + 16, 15, 13, FAINT)
+    zoom = _zoom(width)
+    foot = np.full((round(44 * zoom), width, 3), INK, np.uint8)
+    middle, margin, size = foot.shape[0] // 2, round(14 * zoom), round(13 * zoom)
+    top = middle - round(0.6 * size)
+    # the longest round length that takes up to a quarter of the width
+    metres = max((m for m in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if m / resolution <= width / 4), default=5)
+    end = margin + round(metres / resolution)
+    cv2.line(foot, (margin, middle), (end, middle), TEXT, 2)
+    for x in (margin, end):
+        cv2.line(foot, (x, middle - margin // 2), (x, middle + margin // 2), TEXT, 2)
+    x = _write(foot, f"{metres} m", end + margin, top, size)
+    x = _write(foot, "north is up", x + 2 * margin, top, size, FAINT) + 2 * margin
+    cv2.circle(foot, (x + margin // 2, middle), round(5 * zoom), TRACK, -1, cv2.LINE_AA)
+    _write(foot, f"start of the way driven ({note})", x + round(1.3 * margin), top, size, FAINT)
     padded = np.full((picture.shape[0], width, 3), INK, np.uint8)
     left = (width - picture.shape[1]) // 2
     padded[:, left : left + picture.shape[1]] = picture
-    return _below([legend(width, 44, title), padded, foot], 0)
+    return _below([legend(width, title, zoom), padded, foot], 0)

@@ -25,7 +25,12 @@ CAMERAS: tuple[str, ...] = (
 ANCHOR_CAMERA = "cam_front"
 """The camera whose stamp and ego pose stand for the whole frame."""
 
-LOCATIONS: tuple[str, ...] = ("singapore-onenorth", "singapore-hollandvillage", "singapore-queenstown", "boston-seaport")
+LOCATIONS: tuple[str, ...] = (
+    "singapore-onenorth",
+    "singapore-hollandvillage",
+    "singapore-queenstown",
+    "boston-seaport",
+)
 """The cities of nuScenes: each has a map frame of its own."""
 
 

@@ -49,7 +49,9 @@ class LayerWriter:
                 )
             partial.replace(path)
         except OSError as error:
-            raise NmpError(f"cannot write {path} ({error.strerror}): free some space or choose another --out") from error
+            raise NmpError(
+                f"cannot write {path} ({error.strerror}): free some space or choose another --out"
+            ) from error
 
 
 def read_layers(folder: Path) -> Iterator[LocalMap]:
@@ -70,5 +72,5 @@ def read_layers(folder: Path) -> Iterator[LocalMap]:
                     probabilities=np.maximum(occupancy, 0).astype(np.float32) / 100.0,
                     evidence=(occupancy[0] >= 0).astype(np.float32),
                 )
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise NmpError(f"{path} is not a layer file ({error}): write the layers again") from error

@@ -109,7 +109,9 @@ class OnlineMapper:
         ego_latent = ego[:, :-1] / ego_evidence.clamp(min=1e-6)
         logits = self.network.decode(bev, ego_latent, ego_evidence)
         if not torch.isfinite(logits).all():
-            raise NmpError("the network's output is not finite: the weights or the images are damaged; nothing was stored")
+            raise NmpError(
+                "the network's output is not finite: the weights or the images are damaged; nothing was stored"
+            )
 
         seen, weight = self.network.observe(bev)
         turned = fusion.ego_to_map(

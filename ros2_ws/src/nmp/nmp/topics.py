@@ -41,8 +41,10 @@ class TopicQos:
 
 LATCHED = TopicQos(depth=1, latched=True)
 """Layers, location and static transforms."""
-SENSOR_IN = TopicQos(depth=20, reliable=False)
+SENSOR_IN = TopicQos(depth=10, reliable=False)
 """How sensors are subscribed to: a best-effort reader matches every publisher, a reliable one does not."""
+POSE_IN = TopicQos(depth=200, reliable=False)
+"""Poses are small and fast: deep enough for a second in which nobody reads."""
 SENSOR_OUT = TopicQos(depth=20)
 """How recorded sensors are offered: a reliable writer serves every subscriber."""
 PICTURE = TopicQos(depth=2, reliable=False)

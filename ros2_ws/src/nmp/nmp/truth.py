@@ -28,7 +28,8 @@ EDGE_MARGIN_M = 0.2  # outlines lose this rim, so that the cut along the region'
 def rasterize(city: CityMap, x: float, y: float, yaw: float, grid: BevGrid | None = None) -> NDArray[np.uint8]:
     """Draw dividers, crossings and boundaries around a pose (map frame; m, rad).
 
-    Returns uint8 [3, rows, cols] of 0 and 1, classes in the order of ``CLASSES``, over ``grid`` (default 60 x 30 m at 0.15 m).
+    Returns uint8 [3, rows, cols] of 0 and 1, classes in the order of ``CLASSES``, over ``grid`` (default 60 x 30 m at
+    0.15 m).
     """
     grid = grid or BevGrid()
     half_l, half_w = grid.length / 2, grid.width / 2
@@ -77,4 +78,4 @@ def _draw(mask: NDArray[np.uint8], line: BaseGeometry, grid: BevGrid) -> None:
     stations = np.arange(0.0, line.length, SAMPLE_SPACING_M)
     points: Array = np.array([line.interpolate(s).coords[0][:2] for s in stations])
     pixels = (points + [grid.length / 2, grid.width / 2]) / grid.resolution
-    cv2.polylines(mask, [pixels.astype(np.int32)], isClosed=False, color=1, thickness=LINE_WIDTH_PX)
+    cv2.polylines(mask, [pixels.astype(np.int32)], isClosed=False, color=(1,), thickness=LINE_WIDTH_PX)

@@ -19,7 +19,9 @@ EVIDENCE_SCALE = 256.0
 """uint16 steps per unit of evidence"""
 
 
-def ego_to_map(values: Tensor, pose: Tensor, grid: BevGrid, origin: Tensor, cell: float, rows: int, cols: int) -> Tensor:
+def ego_to_map(
+    values: Tensor, pose: Tensor, grid: BevGrid, origin: Tensor, cell: float, rows: int, cols: int
+) -> Tensor:
     """Resample ego-frame values onto map cells.
 
     :param values: [B, C, grid rows, grid cols] over ``grid`` in the ego frame

@@ -22,7 +22,9 @@ class BevEncoder(nn.Module):
         wide = channels * 3 // 2
         self.stem = nn.Sequential(conv_bn_relu(inputs, channels), Residual(channels))
         self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
-        self.down_quarter = nn.Sequential(conv_bn_relu(wide, 2 * channels, 2), Residual(2 * channels), Residual(2 * channels))
+        self.down_quarter = nn.Sequential(
+            conv_bn_relu(wide, 2 * channels, 2), Residual(2 * channels), Residual(2 * channels)
+        )
         self.up_half = nn.Conv2d(2 * channels, wide, 1)
         self.mix_half = Residual(wide)
         self.up_full = nn.Conv2d(wide, channels, 1)

@@ -56,7 +56,7 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
     for needed in (path, sidecar):
         if not needed.is_file():
             raise NmpError(
-                f"weights file {needed} is missing: give the .safetensors file of 'nmp-train export', its .json beside it"
+                f"weights file {needed} is missing: give a .safetensors file with its .json beside it"
             )
     try:
         description = json.loads(sidecar.read_text())

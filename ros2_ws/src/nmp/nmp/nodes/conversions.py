@@ -17,7 +17,7 @@ from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw,
 from nmp.layers import to_occupancy
 
 try:
-    from tf_transformations import euler_from_quaternion, quaternion_from_euler
+    from tf_transformations import euler_from_quaternion, quaternion_from_euler  # type: ignore[import-not-found]
 except ImportError:
     from nmp.nodes.tf_compat import euler_from_quaternion, quaternion_from_euler
 
@@ -71,7 +71,9 @@ def from_occupancy_grids(grids: dict[str, OccupancyGrid], location: str) -> Loca
     for plane, name in zip(cells, CLASSES, strict=True):
         msg = grids[name]
         if (msg.info.height, msg.info.width) != plane.shape or msg.header.stamp != first.header.stamp:
-            raise NmpError(f"layer '{name}' is of another size or time than '{CLASSES[0]}': record one mapping node only")
+            raise NmpError(
+                f"layer '{name}' does not match '{CLASSES[0]}' in size or time: record one mapping node only"
+            )
         plane[:] = np.frombuffer(msg.data, dtype=np.int8).reshape(plane.shape)
     # float32 in the message: back to the decimal that was meant, so that grids compare equal
     resolution = round(first.info.resolution, 6)

@@ -92,7 +92,11 @@ class PlayerNode(Node):
         paused = text("start_paused", False, "Begin paused; go on through ~/pause.")
         self.use_clock = text("clock", True, "Publish /clock, for nodes with use_sim_time.")
         self.patience = number(
-            "wait_for_subscribers", 0.0, 0.0, 3600.0, "Wait up to so many seconds until every mapper input is subscribed to."
+            "wait_for_subscribers",
+            20.0,
+            0.0,
+            3600.0,
+            "Longest wait, in seconds, until every input of the mapping node has a subscriber; 0: play at once.",
         )
         self.delay = number("delay", 0.5, 0.0, 3600.0, "Seconds between being ready and the first message.")
         if not path:
@@ -105,17 +109,17 @@ class PlayerNode(Node):
         """longest delay of a message against its plan, s of wall time"""
         self.failure: NmpError | None = None
         self.reader.__enter__()
-        self._publishers: dict[str, Publisher] = {}
+        self._outputs: dict[str, Publisher] = {}
         for topic in self.reader.topics.values():
             try:
                 kind = message_class(topic.msgtype)
             except ImportError:
                 self.get_logger().warning(f"{topic.name} is left out: install the package of {topic.msgtype}")
                 continue
-            self._publishers[topic.name] = self.create_publisher(kind, topic.name, profile(topic.qos))
-        if not self._publishers:
+            self._outputs[topic.name] = self.create_publisher(kind, topic.name, profile(topic.qos))
+        if not self._outputs:
             raise NmpError(f"bag {path} has no topic that can be played: check that the message packages are installed")
-        self._clock = self.create_publisher(Clock, topics.CLOCK, 10) if self.use_clock else None
+        self._clock_output = self.create_publisher(Clock, topics.CLOCK, 10) if self.use_clock else None
         self.create_service(SetBool, "~/pause", self._on_pause)
         self._thread = threading.Thread(target=self._run, name="player", daemon=True)
         self._thread.start()
@@ -146,19 +150,24 @@ class PlayerNode(Node):
         except NmpError as exc:
             self.failure = exc
         finally:
-            for publisher in self._publishers.values():
-                publisher.wait_for_all_acked(Duration(seconds=2))
+            end = time.monotonic() + 2.0  # in all, also when a subscriber has died
+            for publisher in self._outputs.values():
+                publisher.wait_for_all_acked(Duration(seconds=max(end - time.monotonic(), 0.0)))
             self.stop.set()
 
     def _wait_for_subscribers(self) -> None:
         wanted = {topics.absolute(t) for t in (*topics.required_inputs(), *topics.required_inputs("raw"))}
-        waiting = [p for t, p in self._publishers.items() if t in wanted]
+        waiting = [p for t, p in self._outputs.items() if t in wanted]
         end = time.monotonic() + self.patience
+        told = False
         while time.monotonic() < end and not self.stop.wait(0.05):
             waiting = [p for p in waiting if not p.get_subscription_count()]
             if not waiting:
                 return
-        if self.patience and waiting:
+            if not told:
+                self.get_logger().info(f"waiting up to {self.patience:g} s for subscribers")
+                told = True
+        if self.patience and waiting and not self.stop.is_set():
             names = ", ".join(sorted(p.topic_name for p in waiting))
             self.get_logger().warning(f"nobody subscribed within {self.patience:g} s to {names}: playing all the same")
 
@@ -168,14 +177,14 @@ class PlayerNode(Node):
         self.timeline.start()
         next_clock = 0.0
         with bar:
-            for topic, stamp, data in self.reader.raw_messages(self._publishers):
+            for topic, stamp, data in self.reader.raw_messages(self._outputs):
                 due = (stamp - start) / NS
                 while not self.timeline.wait_until(due, at_most=CLOCK_PERIOD):
                     if self.stop.is_set():
                         return
                     next_clock = self._tick(start, due, next_clock)
                 next_clock = self._tick(start, due, next_clock)
-                self._publishers[topic].publish(data)
+                self._outputs[topic].publish(data)
                 self.played += 1
                 self.worst_lag_s = max(self.worst_lag_s, (self.timeline.now() - due) / self.timeline.rate)
                 bar.update(due - bar.n)
@@ -183,10 +192,10 @@ class PlayerNode(Node):
     def _tick(self, start_ns: int, due: float, next_clock: float) -> float:
         """Publish /clock when its time has come, never beyond the message that is due; return the next time."""
         now = time.monotonic()
-        if self._clock is None or now < next_clock:
+        if self._clock_output is None or now < next_clock:
             return next_clock
         bag_ns = start_ns + int(min(self.timeline.now(), due) * NS)
-        self._clock.publish(Clock(clock=to_time(bag_ns)))
+        self._clock_output.publish(Clock(clock=to_time(bag_ns)))
         return now + CLOCK_PERIOD
 
     def shutdown(self) -> int:

@@ -45,7 +45,7 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
         spinner.join(timeout=5.0)
         return int(node.shutdown())
     except (NmpError, ParameterException) as exc:
-        print(f"error: {' '.join(str(exc).split())}", file=sys.stderr)
+        print(f"nmp: error: {' '.join(str(exc).split())}", file=sys.stderr)
         return 2
     finally:
         if node is not None:

@@ -165,9 +165,17 @@ def _open_array(folder: Path, spec: PriorSpec, read_only: bool) -> ts.TensorStor
         }
     )
     # a reader trusts prior.json and creates nothing
-    mode = ts.OpenMode(open=True, create=not read_only, assume_metadata=read_only)
+    create = not read_only
     try:
-        return ts.open(ts.Spec(description), mode, read=True, write=not read_only, context=context).result()
+        return ts.open(
+            description,
+            read=True,
+            write=create,
+            open=True,
+            create=create,
+            assume_metadata=read_only,
+            context=context,
+        ).result()
     except (ValueError, OSError) as error:
         raise NmpError(
             f"cannot open {folder}/zarr.json ({reason_of(error)}): check the disk and the permissions; if it is "

@@ -1,0 +1,80 @@
+"""``nmp-train``: simulate, train, export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from nmp import __version__
+from nmp.errors import NmpError
+
+
+def _sim(arguments: argparse.Namespace) -> None:
+    from nmp_train.sim.make import make_dataset
+
+    make_dataset(
+        arguments.out,
+        seed=arguments.seed,
+        scenes=arguments.scenes,
+        duration_s=arguments.duration,
+        size_m=arguments.size,
+        passes=arguments.passes,
+        image_scale=arguments.render_scale,
+        version=arguments.version,
+        sweeps=arguments.sweeps,
+    )
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from nmp_train.config import load_config
+    from nmp_train.fit import fit
+
+    config = load_config(arguments.config, arguments.override)
+    fit(config, arguments.out, start=arguments.start, device_name=arguments.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nmp-train", description="Make simulated data and train nmp's networks.")
+    parser.add_argument("--version", action="version", version=f"nmp-train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sim = commands.add_parser("sim", help="write a simulated nuScenes data set")
+    sim.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    sim.add_argument("--seed", type=int, default=0, help="the same seed gives the same data set (default 0)")
+    sim.add_argument("--scenes", type=int, default=2, help="number of routes (default 2)")
+    sim.add_argument("--passes", type=int, default=1, help="drives of every route, each on another day (default 1)")
+    sim.add_argument("--duration", type=float, default=20.0, help="length of a scene, s (default 20)")
+    sim.add_argument("--size", type=float, default=400.0, help="edge of the city, m (default 400)")
+    sim.add_argument("--render-scale", type=float, default=0.5, help="resolution of the ray caster (default 0.5)")
+    sim.add_argument("--name", dest="version", default="v1.0-mini", help="nuScenes version name (default v1.0-mini)")
+    sim.add_argument("--sweeps", action="store_true", help="also write the 12 Hz images between keyframes")
+    sim.set_defaults(run=_sim)
+
+    fit = commands.add_parser("fit", help="train a network from a YAML configuration")
+    fit.add_argument("config", type=Path)
+    fit.add_argument("override", nargs="*", help="key=value, for example stages.0.batch=8")
+    fit.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
+    fit.add_argument("--start", type=Path, help="weights to start from")
+    fit.add_argument("--device", help="cuda or cpu (default: cuda when there is one)")
+    fit.set_defaults(run=_fit)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        arguments.run(arguments)
+    except NmpError as error:
+        print(f"nmp-train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

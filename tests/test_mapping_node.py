@@ -1,0 +1,443 @@
+"""The mapping node over real DDS, with a made-up mapper and with the real one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ros_fixtures import Ros, free_domain, node_process, ros, until
+
+pytest.importorskip("rclpy")
+pytest.importorskip("tf2_msgs")
+pytest.importorskip("nmp_msgs")
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
+from nav_msgs.msg import OccupancyGrid  # noqa: E402
+from nmp_msgs.srv import SavePrior  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
+
+from nmp import topics  # noqa: E402
+from nmp.bags.reader import BagMessage  # noqa: E402
+from nmp.errors import NmpError  # noqa: E402
+from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
+from nmp.geometry import BevGrid, yaw_of  # noqa: E402
+from nmp.layers import read_layers, to_occupancy  # noqa: E402
+from nmp.nodes import tf_compat  # noqa: E402
+from nmp.nodes.conversions import from_occupancy_grids, to_ns, to_occupancy_grids  # noqa: E402
+from nmp.nodes.mapping_node import INTERNAL, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
+from nmp.nodes.player_node import PlayerNode  # noqa: E402
+from nmp.nodes.qos import profile  # noqa: E402
+from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
+from tests.bag_fixtures import LOCATION, START_NS, bag_messages, jpeg, make_bag, write_messages  # noqa: E402
+
+GRID = BevGrid(12.0, 6.0, 0.15)
+FIRST_NS = START_NS + 8_000_000
+"""stamp of the first front image"""
+
+
+class FakeMapper:
+    """Answers with a pattern that tells frames apart; may be slow or fail."""
+
+    def __init__(self, seconds: float = 0.0, failing: dict[int, Exception] | None = None) -> None:
+        self.seconds, self.failing = seconds, failing or {}
+        self.frames: list[Frame] = []
+        self.flushed = self.closed = 0
+        self.flush_error: Exception | None = None
+        self.threads: set[str] = set()
+
+    def update(self, frame: Frame) -> LocalMap:
+        self.threads.add(threading.current_thread().name)
+        self.frames.append(frame)
+        time.sleep(self.seconds)
+        if error := self.failing.get(len(self.frames) - 1):
+            raise error
+        return pattern(frame)
+
+    def flush(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        if self.flush_error:
+            raise self.flush_error
+        self.flushed += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def pattern(frame: Frame) -> LocalMap:
+    rng = np.random.default_rng(frame.stamp_ns % 2**32)
+    evidence = np.ones(GRID.shape, np.float32)
+    evidence[:3] = 0
+    probabilities = rng.random((3, *GRID.shape), dtype=np.float32)
+    return LocalMap(frame.stamp_ns, frame.location, frame.map_from_base, GRID, probabilities, evidence)
+
+
+def make_mapping_process(seconds: float = 0.0) -> None:
+    """What a process with a made-up mapper runs (see test_signals)."""
+    from nmp.nodes.runtime import run_node
+
+    mapper = FakeMapper(seconds)
+    code = run_node(lambda stop: MappingNode(stop, make_mapper=lambda node: mapper))
+    print(f"flushed and closed {mapper.closed} time(s)")
+    raise SystemExit(code)
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bag(tmp_path_factory.mktemp("bag"), frames=4)
+
+
+@pytest.fixture(scope="module")
+def messages(drive: Path) -> list[BagMessage]:
+    return bag_messages(drive)
+
+
+@pytest.fixture
+def world() -> Iterator[Ros]:
+    with ros() as r:
+        yield r
+
+
+class Rig:
+    """A mapping node with a fake mapper, and everything that it publishes."""
+
+    def __init__(self, world: Ros, mapper: Any = None, **parameters: Any) -> None:
+        self.world = world
+        self.mapper = mapper or FakeMapper()
+        self.layers: dict[str, list[OccupancyGrid]] = {c: [] for c in CLASSES}
+        self.pictures: list[Image] = []
+        self.statuses: list[DiagnosticStatus] = []
+        probe = world.probe()
+        self.probe = probe
+        deep = profile(topics.TopicQos(depth=100))
+        for name in CLASSES:
+            topic = f"/mapping_node/layers/{name}"
+            probe.create_subscription(OccupancyGrid, topic, self.layers[name].append, deep)
+        sensor = profile(topics.PICTURE)
+        probe.create_subscription(Image, "/mapping_node/bev", self.pictures.append, sensor)
+        probe.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.statuses.extend(m.status), 10)
+        self.node: MappingNode = world.add(
+            MappingNode(world.stop, make_mapper=lambda node: self.mapper, **world.options(**parameters))
+        )
+
+    def play(self, bag: Path, rate: float = 4.0, seconds: float = 0.4) -> None:
+        """Play a bag to its end, and let what is under way arrive."""
+        settings = {"bag": str(bag), "rate": rate, "wait_for_subscribers": 10.0, "delay": 0.3, "clock": False}
+        player = self.world.add(PlayerNode(threading.Event(), **self.world.options(**settings)))
+        assert until(player.stop.is_set, 20)
+        time.sleep(seconds)
+        self.world.executor.remove_node(player)
+
+    @property
+    def drops(self) -> dict[str, int]:
+        return dict(self.node.statistics.drops + self.node.assembler.drops)
+
+    def status(self, level: bytes, part: str = "") -> bool:
+        """Whether a diagnostic of this level with this text was published."""
+        return until(lambda: any(s.level == level and part in s.message for s in self.statuses), 5.0)
+
+    def save(self) -> SavePrior.Response:
+        client = self.probe.create_client(SavePrior, "/mapping_node/save_prior")
+        assert client.wait_for_service(timeout_sec=5)
+        future = client.call_async(SavePrior.Request())
+        assert until(future.done, 15)
+        return future.result()
+
+
+def spoiled(messages: list[BagMessage], topic: str, index: int, change: Callable[[Any], None]) -> list[BagMessage]:
+    import copy
+
+    at = [i for i, m in enumerate(messages) if m.topic == topic][index]
+    new = copy.deepcopy(messages[at])
+    change(new.message)
+    return [*messages[:at], new, *messages[at + 1 :]]
+
+
+# ------------------------------------------------------------------------------------------------------ good input
+
+
+def test_layers_are_published(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    rig.play(drive)
+    assert until(lambda: all(len(v) == 4 for v in rig.layers.values())), rig.drops
+    assert not rig.drops
+    assert [f.stamp_ns for f in rig.mapper.frames] == [FIRST_NS + i * 500_000_000 for i in range(4)]
+    assert rig.mapper.frames[0].location == LOCATION
+    assert rig.mapper.threads == {"mapper"}
+    for i, frame in enumerate(rig.mapper.frames):
+        expected = pattern(frame)
+        grids = {c: rig.layers[c][i] for c in CLASSES}
+        for plane, name in zip(to_occupancy(expected), CLASSES, strict=True):
+            grid = grids[name]
+            assert (grid.header.frame_id, to_ns(grid.header.stamp)) == ("map", frame.stamp_ns)
+            np.testing.assert_array_equal(np.array(grid.data, np.int8).reshape(GRID.shape), plane)
+        back = from_occupancy_grids(grids, LOCATION)
+        assert back.grid == GRID
+        np.testing.assert_allclose(back.map_from_base[:2, 3], frame.map_from_base[:2, 3], atol=1e-6)
+        assert yaw_of(back.map_from_base) == pytest.approx(yaw_of(frame.map_from_base))
+    assert rig.pictures and rig.pictures[0].encoding == "rgb8"
+    assert rig.status(DiagnosticStatus.OK, "frames in the last second")
+
+    # Latched: who comes later gets the last one.
+    late: list[OccupancyGrid] = []
+    world.probe("late").create_subscription(
+        OccupancyGrid, "/mapping_node/layers/divider", late.append, profile(topics.LATCHED)
+    )
+    assert until(lambda: late)
+    assert to_ns(late[0].header.stamp) == rig.mapper.frames[-1].stamp_ns
+
+
+def test_recorder_writes_what_was_mapped(world: Ros, drive: Path, tmp_path: Path) -> None:
+    rig = Rig(world)
+    recorder = world.add(RecorderNode(threading.Event(), **world.options(out_dir=str(tmp_path / "out"))))
+    rig.play(drive)
+    assert until(lambda: recorder.written == 4)
+    assert recorder.shutdown() == 0
+    for local_map, frame in zip(read_layers(tmp_path / "out"), rig.mapper.frames, strict=True):
+        assert (local_map.stamp_ns, local_map.location) == (frame.stamp_ns, LOCATION)
+        np.testing.assert_array_equal(to_occupancy(local_map), to_occupancy(pattern(frame)))
+
+
+def test_location_by_parameter(world: Ros, drive: Path) -> None:
+    rig = Rig(world, location="boston-seaport")
+    rig.play(drive)
+    assert [f.location for f in rig.mapper.frames] == ["boston-seaport"] * 4
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_missing_camera(world: Ros, messages: list[BagMessage], tmp_path: Path) -> None:
+    rig = Rig(world)
+    some = [m for m in messages if m.topic != "/cam_back/image_raw/compressed"]
+    rig.play(write_messages(tmp_path / "bag", some))
+    assert not rig.mapper.frames and rig.drops["missing camera"] >= 2
+    assert rig.status(DiagnosticStatus.ERROR, "cam_back has no image within 0.1 s")
+    assert rig.status(DiagnosticStatus.WARN, "cam_back/image_raw/compressed (never received, 0 publishers)")
+
+
+def test_wrong_image_size(world: Ros, messages: list[BagMessage], tmp_path: Path) -> None:
+    def shrink(message: Any) -> None:
+        message.data = np.frombuffer(jpeg(1, 80, 45), np.uint8)
+
+    rig = Rig(world)
+    rig.play(write_messages(tmp_path / "bag", spoiled(messages, "/cam_back/image_raw/compressed", 1, shrink)))
+    assert rig.drops == {"wrong image size": 1} and len(rig.mapper.frames) == 3
+    assert rig.status(DiagnosticStatus.WARN, "cam_back: image is 80 x 45") or rig.status(
+        DiagnosticStatus.ERROR, "80 x 45"
+    )
+
+
+def test_pose_not_finite(world: Ros, messages: list[BagMessage], tmp_path: Path) -> None:
+    rig = Rig(world)
+    for index in range(6, 12):  # all poses of the second frame
+        messages = spoiled(messages, "/odom", index, lambda m: setattr(m.pose.pose.position, "x", float("nan")))
+    rig.play(write_messages(tmp_path / "bag", messages))
+    assert rig.drops == {"pose not finite": 6, "no pose": 1} and len(rig.mapper.frames) == 3
+    assert all(np.isfinite(s.map_from_base).all() for f in rig.mapper.frames for s in f.shots)
+
+
+def test_clock_jump(world: Ros, drive: Path) -> None:
+    """The same bag again: queues are cleared, and mapping goes on."""
+    rig = Rig(world)
+    rig.play(drive)
+    rig.play(drive)
+    assert rig.drops == {"clock jump": 1}
+    assert [f.stamp_ns for f in rig.mapper.frames] == 2 * [FIRST_NS + i * 500_000_000 for i in range(4)]
+
+
+def test_mapper_fails_and_the_node_lives_on(world: Ros, drive: Path) -> None:
+    mapper = FakeMapper(failing={1: NmpError("cam_back: image data cannot be decoded"), 2: RuntimeError("oops")})
+    rig = Rig(world, mapper)
+    rig.play(drive, rate=0.7)
+    assert rig.drops == {REFUSED: 1, INTERNAL: 1}
+    assert len(rig.layers["divider"]) == 2
+    assert rig.status(DiagnosticStatus.ERROR, "cam_back: image data cannot be decoded")
+    assert rig.status(DiagnosticStatus.ERROR, "RuntimeError('oops')")
+
+
+def test_slow_mapper_drops_the_oldest(world: Ros, tmp_path: Path) -> None:
+    rig = Rig(world, FakeMapper(seconds=0.3), queue_size=1)
+    rig.play(make_bag(tmp_path, frames=12, period=1 / 12), rate=1.0, seconds=1.0)
+    answered = len(rig.mapper.frames)
+    assert 3 <= answered <= 9
+    assert rig.drops == {QUEUE_FULL: 12 - answered}
+    assert rig.mapper.frames[-1].stamp_ns == FIRST_NS + round(11 / 12 * 1e6) * 1000  # the newest survives
+    assert rig.node.statistics.latency(50) < 0.8
+
+
+def test_silence_names_the_topics(world: Ros) -> None:
+    rig = Rig(world)
+    assert rig.status(DiagnosticStatus.WARN, "cam_front_left/camera_info (never received, 0 publishers)")
+    assert rig.status(DiagnosticStatus.WARN, "odom (never received, 0 publishers), /tf_static")
+
+
+# ------------------------------------------------------------------------------------------------- service and end
+
+
+def test_save_prior(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    assert rig.save().result == SavePrior.Response.RESULT_NOT_READY
+    rig.play(drive)
+    assert rig.save().result == SavePrior.Response.RESULT_SUCCESS and rig.mapper.flushed == 1
+    rig.mapper.flush_error = NmpError("disk full")
+    response = rig.save()
+    assert (response.result, response.message) == (SavePrior.Response.RESULT_FAILED, "disk full")
+    assert rig.mapper.threads == {"mapper"}
+
+
+def test_save_prior_never_hangs(world: Ros, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmp.nodes.mapping_node.SAVE_TIMEOUT", 0.3)
+    rig = Rig(world)
+    rig.play(drive)
+    rig.mapper.flush = lambda: time.sleep(2)
+    response = rig.save()
+    assert response.result == SavePrior.Response.RESULT_FAILED and "not done after" in response.message
+
+
+def test_shutdown_saves_and_sums_up(world: Ros, drive: Path, tmp_path: Path) -> None:
+    rig = Rig(world, stats_file=str(tmp_path / "stats.json"))
+    rig.play(drive)
+    assert rig.node.shutdown() == 0
+    assert rig.mapper.closed == 1
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert (stats["frames_received"], stats["frames_answered"], stats["drops"]) == (4, 4, {})
+    assert 0 < stats["latency_median_s"] <= stats["latency_p95_s"] < 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(number: int, drive: Path, tmp_path: Path) -> None:
+    code = "from tests.test_mapping_node import make_mapping_process as run; run(0.05)"
+    domain = free_domain()
+    stats = tmp_path / "stats.json"
+    node = node_process(code, "--ros-args", "-p", f"stats_file:={stats}", domain=domain)
+    settings = ["-p", f"bag:={drive}", "-p", "rate:=4.0", "-p", "clock:=false"]
+    player = node_process("nmp.nodes.player_node", "--ros-args", *settings, domain=domain)
+    _, err = player.communicate(timeout=40)
+    assert player.returncode == 0, err
+    time.sleep(0.5)
+    node.send_signal(number)
+    out, err = node.communicate(timeout=20)
+    assert node.returncode == 0 and "Traceback" not in err, err
+    assert "closed 1 time" in out
+    assert "4 frames received, 4 answered, dropped: none; latency median" in out + err
+    assert json.loads(stats.read_text())["frames_answered"] == 4
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text"),
+    [
+        ("weights:=/nowhere.safetensors", "/nowhere.safetensors"),
+        ("max_camera_spread:=0.0", "max_camera_spread"),
+        ("image_transport:=theora", "choose compressed or raw"),
+    ],
+)
+def test_errors_at_the_start_are_one_line(parameter: str, text: str) -> None:
+    process = node_process("nmp.nodes.mapping_node", "--ros-args", "-p", parameter)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.count("\n") == 1 and text in err and err.startswith("nmp: error: "), err
+
+
+def test_recorder_errors(world: Ros, tmp_path: Path) -> None:
+    with pytest.raises(NmpError, match="'out_dir' is empty"):
+        RecorderNode(threading.Event(), **world.options())
+    recorder = RecorderNode(threading.Event(), **world.options(out_dir=str(tmp_path / "out")))
+    frame = Frame(FIRST_NS, LOCATION, np.eye(4), ())
+    for name, grid in to_occupancy_grids(pattern(frame)).items():
+        recorder._on_layer(name, grid)
+    with pytest.raises(NmpError, match="set parameter 'location'"):
+        recorder.shutdown()
+    recorder.destroy_node()
+
+
+# ------------------------------------------------------------------------------------------------ the real mapper
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network that has learnt nothing."""
+    import torch
+
+    from nmp.model.config import NetworkConfig
+    from nmp.model.network import BEVNetwork
+    from nmp.model.weights import save_network
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
+    save_network(BEVNetwork(NetworkConfig(input_width=176, input_height=96)), path, {})
+    return path
+
+
+def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) -> None:
+    """Player, mapping node and recorder as users start them; then a second drive over the same prior."""
+    prior = tmp_path / "prior"
+    for trip in ("first", "second"):
+        domain, stats, out = free_domain(), tmp_path / f"{trip}.json", tmp_path / trip
+        settings = {"weights": weights, "prior_dir": prior, "stats_file": stats, "queue_size": 10}
+        arguments = [a for k, v in settings.items() for a in ("-p", f"{k}:={v}")]
+        node = node_process("nmp.nodes.mapping_node", "--ros-args", *arguments, domain=domain)
+        recorder = node_process("nmp.nodes.recorder_node", "--ros-args", "-p", f"out_dir:={out}", domain=domain)
+        player = node_process(
+            "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=0.5", domain=domain
+        )
+        _, err = player.communicate(timeout=60)
+        assert player.returncode == 0, err
+        time.sleep(2.0)
+        for process in (node, recorder):
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=40)
+            assert process.returncode == 0, err
+        summary = json.loads(stats.read_text())
+        assert (summary["frames_answered"], summary["drops"]) == (4, {}), summary
+        assert len(list(read_layers(out))) == 4
+    assert any(prior.rglob("*"))
+    first, second = (next(iter(read_layers(tmp_path / t))) for t in ("first", "second"))
+    assert first.stamp_ns == second.stamp_ns
+    assert not np.array_equal(first.probabilities, second.probabilities)  # the prior of the first trip shows
+
+    foreign = weights.with_name("foreign.safetensors")
+    foreign.write_bytes(weights.read_bytes())
+    description = json.loads(weights.with_suffix(".json").read_text())
+    description["network"]["evidence_cap"] = 8.0
+    foreign.with_suffix(".json").write_text(json.dumps(description))
+    process = node_process(
+        "nmp.nodes.mapping_node", "--ros-args", "-p", f"weights:={foreign}", "-p", f"prior_dir:={prior}"
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "prior" in err, err
+
+
+# ---------------------------------------------------------------------------------------------------- conversions
+
+
+def test_grids_that_do_not_match() -> None:
+    frame = Frame(FIRST_NS, LOCATION, np.eye(4), ())
+    grids = to_occupancy_grids(pattern(frame))
+    other = to_occupancy_grids(pattern(replace(frame, stamp_ns=FIRST_NS + 1)))
+    with pytest.raises(NmpError, match="'crossing' does not match"):
+        from_occupancy_grids({**grids, "crossing": other["crossing"]}, LOCATION)
+    with pytest.raises(NmpError, match="no layer 'boundary'"):
+        from_occupancy_grids({c: grids[c] for c in ("divider", "crossing")}, LOCATION)
+
+
+def test_tf_compat() -> None:
+    rng = np.random.default_rng(0)
+    for roll, pitch, yaw in rng.uniform(-1.4, 1.4, (20, 3)):
+        q = tf_compat.quaternion_from_euler(roll, pitch, yaw)
+        np.testing.assert_allclose(tf_compat.euler_from_quaternion(q), (roll, pitch, yaw), atol=1e-9)
+        matrix = tf_compat.quaternion_matrix(q)
+        np.testing.assert_allclose(matrix, tf_compat.euler_matrix(roll, pitch, yaw), atol=1e-9)
+        np.testing.assert_allclose(tf_compat.euler_from_matrix(matrix), (roll, pitch, yaw), atol=1e-9)
+        np.testing.assert_allclose(abs(tf_compat.quaternion_from_matrix(matrix) @ q), 1.0, atol=1e-9)
+        twice = tf_compat.quaternion_matrix(tf_compat.quaternion_multiply(q, q))
+        np.testing.assert_allclose(twice, matrix @ matrix, atol=1e-9)
+    np.testing.assert_allclose(tf_compat.quaternion_from_euler(0, 0, np.pi / 2), [0, 0, 0.5**0.5, 0.5**0.5])
