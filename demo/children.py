@@ -31,7 +31,9 @@ class Child:
         """Describe its end by the last thing that it wrote."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "it said nothing")
-        return NmpError(f"{self.name} ended with code {self.code} ({said.removeprefix('nmp: error: ')}): see {self.log}")
+        return NmpError(
+            f"{self.name} ended with code {self.code} ({said.removeprefix('nmp: error: ')}): see {self.log}"
+        )
 
     def send(self, number: signal.Signals) -> None:
         """Signal the process and everything that it started."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from children import Child, Children
+
 import nmp
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
 from nmp.replay import keyframes_of
-
-from children import Child, Children
 
 PROFILE = Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"
 QUIET_S = 15.0
@@ -104,7 +104,10 @@ def run_drive(
     statistics = json.loads(stats.read_text())
     answered = len(list(layers.glob("*.npz")))
     if not answered:
-        why = "; ".join(f"{count} x {cause}" for cause, count in statistics.get("drops", {}).items()) or "no frame was complete"
+        why = (
+            "; ".join(f"{count} x {cause}" for cause, count in statistics.get("drops", {}).items())
+            or "no frame was complete"
+        )
         raise NmpError(f"no keyframe of {bag} was answered ({why}): see {mapper.log}")
     return Drive(name, layers, keyframes, answered, statistics)
 

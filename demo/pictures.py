@@ -54,12 +54,12 @@ def film(bag: Path, systems: Mapping[str, Path], maps: CityMaps, title: str, cou
 
 
 def real_film(scenes: Mapping[str, tuple[Path, Path]], maps: CityMaps, title: str, count: int = 4) -> draw.Picture:
-    """Show keyframes of scenes {name: (bag, layers)}: what is predicted beside what the map says, in the cameras too."""
+    """Show keyframes of scenes {name: (bag, layers)}: predicted layers beside the true ones, in the cameras too."""
     strips, captions = [], []
     each = max(1, count // len(scenes))
     for name, (bag, layers) in scenes.items():
         for frame, predicted in _keyframes(bag, layers, each):
-            sides = {"predicted": predicted.probabilities, "true map": maps.truth_of(predicted)}
+            sides: dict[str, draw.Layers] = {"predicted": predicted.probabilities, "true map": maps.truth_of(predicted)}
             strips.append(draw.comparison(frame, sides, predicted.grid))
             captions.append(f"{name}, {frame.location}")
     return draw.film_sheet(strips, title, captions)

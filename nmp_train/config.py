@@ -61,6 +61,8 @@ class TrainConfig:
     position_noise_m: float = 0.05
     yaw_noise_rad: float = 0.003
     """pose error of the frames that make the prior"""
+    validation_groups: int = 96
+    """groups of five held-out frames that are scored after each stage"""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     worlds: WorldsConfig = field(default_factory=WorldsConfig)
     validation: WorldsConfig = field(default_factory=lambda: WorldsConfig(seeds=2, first_seed=500, drives=12))

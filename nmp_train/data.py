@@ -20,7 +20,7 @@ from nmp.model.preprocess import network_intrinsics, unit_projection
 from nmp.truth import rasterize
 from nmp_train.sim.render import solids_from_boxes
 from nmp_train.sim.rig import nuscenes_rig
-from nmp_train.sim.traffic import Boxes
+from nmp_train.sim.traffic import Boxes, nearest
 from nmp_train.world import World
 
 MAX_SOLIDS = 64
@@ -151,9 +151,8 @@ class SimulatedGroups(Dataset[Group]):
 
 def nearby(world: World, drive: int, time_s: float, about: NDArray[np.float64]) -> Boxes:
     """Return scenery and traffic around a place (m) at a time (s) of a drive."""
-    return Boxes.concatenate(
-        [world.scenery.near(about, SOLIDS_RADIUS_M), world.traffic[drive].at(time_s).near(about, SOLIDS_RADIUS_M)]
-    )
+    parts = [world.scenery, world.traffic[drive].at(time_s)]
+    return Boxes.joined([nearest(part, about, SOLIDS_RADIUS_M, MAX_SOLIDS) for part in parts])
 
 
 def _tensor(matrices: list[NDArray[np.float64]]) -> Tensor:

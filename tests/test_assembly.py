@@ -108,6 +108,15 @@ def test_stream_and_same_order_same_result(stream: Messages) -> None:
     assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in again]
 
 
+def test_a_long_drive_needs_no_more_memory(stream: Messages) -> None:
+    assembler = FrameAssembler()
+    count = 0
+    for minute in range(8):
+        count += len(list(feed(assembler, [moved(m, minute * 2 * NS) for m in stream])))
+        assert sum(len(q) for q in assembler._images.values()) <= 60
+    assert count == 8 * 24 and not assembler.drops
+
+
 def test_uneven_period_as_in_nuscenes(stream: Messages) -> None:
     """20 Hz LIDAR, 12 Hz cameras: they skip turns, so gaps are 50 and 100 ms."""
     turns, turn = [], 0

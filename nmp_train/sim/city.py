@@ -94,7 +94,7 @@ class _Draft:
         solid = self._surfaces()
         islands = shapely.union_all([*self.medians, *(i for j in self.junctions for i in j.islands)])
         self.total = shapely.simplify(solid.difference(islands), 0.02)
-        self._draw_crossings(solid)
+        self._draw_crossings()
         self.builder = MapBuilder(name, self.size, self.size)
         self._emit_surface()
         pieces = self._emit_lanes()
@@ -137,7 +137,9 @@ class _Draft:
             self.bands += [(street, g.start + 0.8, g.stop - g.start - 1.6) for g in street.gaps if g.crossing]
         for junction in self.junctions:
             round_corners(self.rng, junction)
-        solid = shapely.union_all([s.surface() for s in self.streets] + [j.fill for j in self.junctions] + drives)
+        # Crossings end at the kerb of the street, also where an opening lies beside them.
+        self.kerbs = shapely.union_all([s.surface() for s in self.streets] + [j.fill for j in self.junctions])
+        solid = shapely.union_all([self.kerbs, *drives])
         # Kerbs turn into openings with a small radius.
         solid = shapely.buffer(shapely.buffer(solid, 1.6, quad_segs=4), -1.6, quad_segs=4)
         for street in self.streets:
@@ -149,7 +151,7 @@ class _Draft:
             self.medians.append(median_hole(self.rng, street, noses))
         return solid.intersection(box(2, 2, self.size - 2, self.size - 2))
 
-    def _draw_crossings(self, solid: BaseGeometry) -> None:
+    def _draw_crossings(self) -> None:
         for street, start, width in self.bands:
             skew = float(np.clip(self.rng.normal(0, 0.07), -0.22, 0.22))
             taper = float(self.rng.normal(0, 0.25))
@@ -157,7 +159,7 @@ class _Draft:
             for s, extra in ((start, 0.0), (start + width, taper)):
                 d = np.linspace(-street.half[RIGHT] - 5, street.half[LEFT] + 5, 60)
                 along = s + skew * d + extra * d / 20
-                inside = lines_of(LineString(street.at(along, d)).intersection(solid))
+                inside = lines_of(LineString(street.at(along, d)).intersection(self.kerbs))
                 middle = shapely.points(street.at(s, 0.0))
                 if inside:
                     line = min(inside, key=lambda part: part.distance(middle))
@@ -352,7 +354,7 @@ class _Draft:
     def _divider_offsets(self, street: Street) -> list[tuple[str, float, Lane | None]]:
         """(table, offset, lane whose extent it has) of every divider of a street."""
         out: list[tuple[str, float, Lane | None]] = []
-        if not street.one_way and not street.raised:
+        if not street.one_way and not street.raised and street.marked:
             double = street.median > 0.5
             out += [("road_divider", d * street.median / 2, None) for d in ((1, -1) if double else (0,))]
         for lane in street.lanes:

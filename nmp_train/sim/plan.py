@@ -35,10 +35,10 @@ class Style:
 
 
 STYLES: dict[str, Style] = {
-    "boston-seaport": Style(False, (88, 125), 0.80, 0.45, 0.45, 1.6, 0.55, 12),
-    "singapore-onenorth": Style(True, (88, 130), 0.55, 0.35, 0.65, 1.0, 0.15, 22),
-    "singapore-hollandvillage": Style(True, (80, 115), 0.45, 0.25, 0.50, 3.2, 0.20, 16),
-    "singapore-queenstown": Style(True, (85, 125), 0.60, 0.35, 0.55, 1.4, 0.15, 20),
+    "boston-seaport": Style(False, (88, 125), 0.80, 0.45, 0.70, 1.6, 0.55, 12),
+    "singapore-onenorth": Style(True, (88, 130), 0.55, 0.35, 0.80, 1.0, 0.15, 22),
+    "singapore-hollandvillage": Style(True, (80, 115), 0.45, 0.25, 0.60, 3.2, 0.20, 16),
+    "singapore-queenstown": Style(True, (85, 125), 0.60, 0.35, 0.75, 1.4, 0.15, 20),
 }
 """Rough habits of the four cities of nuScenes, by location; other names get those of Boston."""
 
@@ -72,7 +72,7 @@ def resample(points: Array, step: float) -> Array:
 
 def make_plan(rng: np.random.Generator, size_m: float, style: Style) -> Plan:
     """Draw a bent, jittered and thinned grid with a few diagonals, without dead ends inside."""
-    margin = min(45.0, 0.12 * size_m)
+    margin = min(32.0, 0.10 * size_m)
     index, nodes = _grid_nodes(rng, size_m, margin, style)
     edges = _grid_edges(rng, index, nodes)
     _prune(edges)
@@ -129,7 +129,7 @@ def _grid_edges(rng: np.random.Generator, index: dict[tuple[int, int], int], nod
     for (i, j), a in index.items():
         for step, line in (((1, 0), f"j{j}"), ((0, 1), f"i{i}")):
             b = index.get((i + step[0], j + step[1]))
-            keep = rng.random() > (0.06 if ranks[line] == ARTERIAL else 0.24)
+            keep = rng.random() > (0.05 if ranks[line] == ARTERIAL else 0.18)
             if b is not None and keep:
                 edges[(a, b)] = (line, ranks[line])
         corner = index.get((i + 1, j + 1))

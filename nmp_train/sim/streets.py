@@ -69,7 +69,8 @@ class Street:
     """end -> distance from the node at which lanes and dividers begin, m"""
     gaps: list[Gap] = field(default_factory=list)
     parking: dict[int, bool] = field(default_factory=dict)
-    bulge: Array = field(default_factory=lambda: np.zeros(0))
+    marked: bool = True
+    """has a painted centre line"""
 
     def __post_init__(self) -> None:
         steps = np.hypot(*np.diff(self.centre, axis=0).T)
@@ -139,16 +140,17 @@ def make_street(rng: np.random.Generator, plan: PlannedStreet, style: Style) -> 
         street.lanes = [Lane(ahead * ((k + 0.5) * width - half), width, True, k) for k in range(forward)]
         reach = {LEFT: half, RIGHT: half}
     else:
-        chance = style.median * {ARTERIAL: 1.0, COLLECTOR: 0.45}.get(plan.rank, 0.0)
+        chance = style.median * {ARTERIAL: 1.0, COLLECTOR: 0.6}.get(plan.rank, 0.0)
         if rng.random() < chance and forward + backward > 2:
             street.raised = True
             street.median = float(np.clip(rng.lognormal(0.75, 0.6), 0.9, 7.0))
-        elif rng.random() < 0.1:
+        elif rng.random() < 0.05:
             street.median = float(rng.uniform(0.6, 2.2))  # painted
         m = street.median / 2
         street.lanes = [Lane(ahead * (m + (k + 0.5) * width), width, True, k) for k in range(forward)]
         street.lanes += [Lane(-ahead * (m + (k + 0.5) * width), width, False, k) for k in range(backward)]
         reach = {ahead: m + forward * width, -ahead: m + backward * width}
+    street.marked = len(street.lanes) > 2 or rng.random() > 0.15
     for side in (LEFT, RIGHT):
         street.half[side] = reach[side] + float(rng.uniform(0.2, 0.7))
         chance = style.parking * (0.6 if plan.rank == ARTERIAL else 1.0)
@@ -249,8 +251,8 @@ def roughen(rng: np.random.Generator, street: Street) -> None:
     """Let the kerb wander by a decimetre or two, and jump a little where it was rebuilt."""
     inside = np.clip(np.minimum(street.s - street.mouth[0], street.length - street.mouth[1] - street.s) / 5, 0, 1)
     for side in (LEFT, RIGHT):
-        noise = gaussian_filter1d(rng.normal(0, 1, len(street.s)), 24, mode="nearest")
-        noise *= 0.10 / max(float(noise.std()), 1e-6)
+        noise = gaussian_filter1d(rng.normal(0, 1, len(street.s)), 36, mode="nearest")
+        noise *= 0.08 / max(float(noise.std()), 1e-6)
         for _ in range(int(rng.poisson(street.length / 90))):
             noise = noise + np.clip((street.s - rng.uniform(0, street.length)) / 2.5, 0, 1) * rng.normal(0, 0.25)
         street.bays[side] = np.maximum(street.bays[side] + np.clip(noise, -0.15, 0.7) * inside, -0.15)
@@ -266,12 +268,12 @@ def median_hole(rng: np.random.Generator, street: Street, noses: dict[int, float
     width = (street.median - min(0.5, 0.25 * street.median)) / 2
     taper = float(rng.uniform(4, 18))
     shape = np.clip(np.minimum(street.s - start, stop - street.s) / taper, 0, 1)
-    least = min(width, 0.35)
-    half = np.where(rng.random() < 0.5, least + (width - least) * shape, width)
+    least = min(width, 0.35) if rng.random() < 0.5 else width
+    half = least + (width - least) * shape
     hole = street.band(start, stop, -half, half)
     for gap in street.gaps:
         opened = len(gap.sides) == 2 and (rng.random() < 0.6 or not gap.crossing)
         if opened and gap.stop - gap.start < 0.5 * (stop - start):
             hole = hole.difference(street.band(gap.start, gap.stop, -street.median, street.median))
-    radius = 0.8 * least
+    radius = 0.9 * least
     return shapely.buffer(shapely.buffer(hole, -radius, quad_segs=4), radius, quad_segs=4)

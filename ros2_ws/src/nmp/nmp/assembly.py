@@ -203,7 +203,7 @@ class FrameAssembler:
         if name == ANCHOR_CAMERA:
             if stamp <= self._closed_ns:
                 return self._drop("late image", f"{topic}: image of {seconds(stamp)} came after its frame was closed")
-            bisect.insort(self._anchors_seen, stamp)
+            self._anchors_seen.append(stamp)
         queue.insert(at, picture_of(topic, stamp, msg))
         if len(queue) > self._queue_size:
             if name == ANCHOR_CAMERA:

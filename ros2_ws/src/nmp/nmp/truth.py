@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from shapely import affinity, ops
 from shapely.geometry import box
@@ -18,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 
 from nmp.citymap import CityMap
 from nmp.frame import CLASSES
-from nmp.geometry import Array, BevGrid
+from nmp.geometry import BevGrid
 
 SAMPLE_SPACING_M = 1.0
 LINE_WIDTH_PX = 5
@@ -76,6 +77,6 @@ def _lines(geometries: Iterator[BaseGeometry]) -> Iterator[BaseGeometry]:
 
 def _draw(mask: NDArray[np.uint8], line: BaseGeometry, grid: BevGrid) -> None:
     stations = np.arange(0.0, line.length, SAMPLE_SPACING_M)
-    points: Array = np.array([line.interpolate(s).coords[0][:2] for s in stations])
+    points = shapely.get_coordinates(shapely.line_interpolate_point(line, stations))
     pixels = (points + [grid.length / 2, grid.width / 2]) / grid.resolution
     cv2.polylines(mask, [pixels.astype(np.int32)], isClosed=False, color=(1,), thickness=LINE_WIDTH_PX)

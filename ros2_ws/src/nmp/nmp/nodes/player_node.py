@@ -39,11 +39,10 @@ def message_class(msgtype: str) -> Any:
 
 
 class Timeline:
-    """Bag time as a function of the wall: runs at a rate, can be held, wakes its waiters when stopped."""
+    """Bag time as a function of the wall clock: runs at a rate, can be held."""
 
-    def __init__(self, rate: float, stop: threading.Event, *, paused: bool = False) -> None:
+    def __init__(self, rate: float, *, paused: bool = False) -> None:
         self.rate = rate
-        self._stop = stop
         self._wake = threading.Condition()
         self._paused = paused
         self._bag_s, self._wall_s = 0.0, time.monotonic()
@@ -75,10 +74,6 @@ class Timeline:
                 self._wake.wait(min(left, at_most) if not self._paused else at_most)
             return not self._paused and bag_s - self._now() <= 0
 
-    @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
-
 
 class PlayerNode(Node):
     """Publishes a bag's messages as they are, byte for byte."""
@@ -103,7 +98,7 @@ class PlayerNode(Node):
             raise NmpError("parameter 'bag' is empty: name the bag to play (-p bag:=FOLDER)")
         self.reader = BagReader(Path(path).expanduser())
         self.stop = stop
-        self.timeline = Timeline(rate, stop, paused=paused)
+        self.timeline = Timeline(rate, paused=paused)
         self.played = 0
         self.worst_lag_s = 0.0
         """longest delay of a message against its plan, s of wall time"""
@@ -157,7 +152,8 @@ class PlayerNode(Node):
 
     def _wait_for_subscribers(self) -> None:
         wanted = {topics.absolute(t) for t in (*topics.required_inputs(), *topics.required_inputs("raw"))}
-        waiting = [p for t, p in self._outputs.items() if t in wanted]
+        # Latched topics reach a late subscriber anyway, and not everybody needs them.
+        waiting = [p for t, p in self._outputs.items() if t in wanted and not self.reader.topics[t].qos.latched]
         end = time.monotonic() + self.patience
         told = False
         while time.monotonic() < end and not self.stop.wait(0.05):

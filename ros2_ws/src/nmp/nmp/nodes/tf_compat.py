@@ -6,7 +6,6 @@ the same library, transforms3d.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def quaternion_from_matrix(matrix: ArrayLike) -> Array:
     return _to_xyzw(quaternions.mat2quat(np.asarray(matrix, dtype=np.float64)[:3, :3]))
 
 
-def quaternion_multiply(quaternion1: Sequence[float], quaternion0: Sequence[float]) -> Array:
+def quaternion_multiply(quaternion1: ArrayLike, quaternion0: ArrayLike) -> Array:
     """Return the product of two quaternions: first ``quaternion0``, then ``quaternion1``."""
     return _to_xyzw(quaternions.qmult(_to_wxyz(quaternion1), _to_wxyz(quaternion0)))
 

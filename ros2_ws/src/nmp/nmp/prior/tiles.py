@@ -73,8 +73,8 @@ class Tile:
             difference = old ^ latent
             difference &= -changed.view(np.int8)
             old ^= difference
-        self.evidence[where][changed] = evidence[changed]
-        self.last_seen_s[where][changed] = seconds
+        np.copyto(self.evidence[where], evidence, where=changed)
+        np.copyto(self.last_seen_s[where], np.uint32(seconds), where=changed)
         self.edits += 1
 
 

@@ -1,0 +1,151 @@
+"""Time reading and writing one window of the city prior, beside a plain numpy copy of the same size.
+
+    python benchmarks/prior_window.py [--out prior_window.json] [--folder DIR]
+
+Prints (and writes) JSON: medians and 99th percentiles in milliseconds. "idle" keeps one window in memory,
+"driving" moves it 1.2 m a frame along a bent road while the background thread saves, "cold" reads from disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmp.prior import CityPrior, PriorSpec, Window
+
+CELL = 0.3
+STEP = 1.2
+"""m driven per frame: 12 m/s at 10 Hz"""
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Return median and 99th percentile of durations, ms."""
+    ms = np.array(seconds) * 1e3
+    return {"median_ms": round(float(np.median(ms)), 3), "p99_ms": round(float(np.percentile(ms, 99)), 3)}
+
+
+def timed(action: Callable[[], object], repeats: int) -> list[float]:
+    """Return how long each of ``repeats`` calls took, s; two more come before, to warm up."""
+    durations = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        action()
+        durations.append(time.perf_counter() - start)
+    return durations[2:]
+
+
+def resident_mib() -> float:
+    """Return the memory that this process occupies now, MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+def numpy_copy(size: int, channels: int, latent: NDArray[np.int8], evidence: NDArray[np.uint16]) -> Callable[[], None]:
+    """Return the least that a read and a write can do: copy the window out of a dense array, and back into it."""
+    dense_latent = np.zeros((channels, 3 * size, 3 * size), np.int8)
+    dense_evidence = np.zeros((3 * size, 3 * size), np.uint16)
+    block = slice(size // 3, size // 3 + size)
+
+    def copy() -> None:
+        dense_latent[:, block, block].copy()
+        dense_evidence[block, block].copy()
+        dense_latent[:, block, block] = latent
+        dense_evidence[block, block] = evidence
+
+    return copy
+
+
+def road(frame: int) -> tuple[float, float]:
+    """Return the position (m) on a bent road at a frame."""
+    along = frame * STEP
+    return along, 60 * float(np.sin(along / 150))
+
+
+def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    # neighbours resemble each other, as in a learned map: white noise would not compress at all
+    coarse = rng.normal(0, 30, (channels, size // 4 + 1, size // 4 + 1)).repeat(4, 1).repeat(4, 2)[:, :size, :size]
+    latent = np.clip(coarse + rng.normal(0, 2, coarse.shape), -127, 127).astype(np.int8)
+    evidence = rng.integers(1, 50, (size, size)).astype(np.uint16)
+    visible = rng.random((size, size)) < 0.6
+    spec = PriorSpec(channels, CELL, "benchmark")
+    results: dict[str, object] = {}
+
+    copies = timed(numpy_copy(size, channels, latent, evidence), repeats)
+    results["numpy_copy"] = summary(copies)
+
+    window = Window.around(0, 0, CELL, size, size)
+    with CityPrior.open(folder, "idle", spec, flush_interval_s=1e6) as prior:
+        prior.write(window, latent, evidence, 10**9)
+        reads = timed(lambda: prior.read(window), repeats)
+        writes = timed(lambda: prior.write(window, latent, evidence, 10**9), repeats)
+        masked = timed(lambda: prior.write(window, latent, evidence, 10**9, visible), repeats)
+        results["idle_read"] = summary(reads)
+        results["idle_write"] = summary(writes)
+        results["idle_write_masked"] = summary(masked)
+        results["idle_read_write"] = summary([r + w for r, w in zip(reads, masked, strict=True)])
+        tiles = prior.statistics()["tiles"]
+        start = time.perf_counter()
+        prior.flush()
+        results["flush_ms_per_tile"] = round((time.perf_counter() - start) * 1e3 / tiles, 3)
+
+    def cold() -> float:
+        with CityPrior.open(folder, "idle", spec, read_only=True) as reader:
+            start = time.perf_counter()
+            reader.read(window)
+            return time.perf_counter() - start
+
+    results["cold_read"] = summary([cold() for _ in range(20)])
+
+    both, memory = [], []
+    with CityPrior.open(folder, "driving", spec, flush_interval_s=2.0) as prior:
+        for frame in range(repeats):
+            window = Window.around(*road(frame), CELL, size, size)
+            start = time.perf_counter()
+            prior.read(window)
+            prior.write(window, latent, evidence, frame * 10**8, visible)
+            both.append(time.perf_counter() - start)
+            time.sleep(max(0.0, 0.02 - both[-1]))  # five times as fast as the car
+            memory.append(resident_mib())
+        prior.flush()
+        results["driving_read_write"] = summary(both)
+        results["driving_statistics"] = prior.statistics()
+        results["driving_resident_mib"] = {"first": memory[0], "last": memory[-1]}
+    median = float(np.median(copies))
+    results["ratio_idle_to_numpy"] = round(
+        float(np.median([r + w for r, w in zip(reads, masked, strict=True)])) / median, 2
+    )
+    results["ratio_driving_to_numpy"] = round(float(np.median(both)) / median, 2)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--folder", type=Path, help="an existing folder on the disk to measure (default: temporary)")
+    parser.add_argument("--size", type=int, default=224, help="rows and columns of the window")
+    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=1000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        results = measure(Path(folder), options.size, options.channels, options.repeats)
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    setting = {"size": options.size, "channels": options.channels, "repeats": options.repeats, "cell_m": CELL}
+    text = json.dumps({"machine": machine, "setting": setting, **results}, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

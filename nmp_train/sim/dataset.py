@@ -1,0 +1,328 @@
+"""Write simulated drives as a nuScenes data set that the official devkit loads unchanged."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+from shapely.geometry import LineString
+from tqdm import tqdm
+
+from nmp.errors import NmpError
+from nmp.frame import ANCHOR_CAMERA, Camera
+from nmp_train.sim.boxes import Boxes, nearest
+from nmp_train.sim.city import write_map
+from nmp_train.sim.drive import Trajectory
+from nmp_train.sim.rig import CAMERA_PERIOD_S, FIRING_OFFSET_MS, KEYFRAME_PERIOD_S, SAMPLE_STAMP_MS, nuscenes_rig
+from nmp_train.sim.scenery import make_scenery
+from nmp_train.sim.tables import Tables
+from nmp_train.sim.traffic import Traffic, make_traffic
+
+Array = NDArray[np.float64]
+
+RenderCall = Callable[..., NDArray[np.uint8]]
+"""render(intrinsics [N, 3, 3], map_from_camera [N, 4, 4], boxes, size=(width, height), weather, seed) -> RGB
+[N, height, width, 3]. ``seed`` counts images within a drive and is the drive's number times 100,000 before."""
+
+JPEG_QUALITY = 90
+SEEDS_PER_DRIVE = 100_000
+ANNOTATED_M = 80.0
+RENDERED_M = 120.0
+MAX_BOXES = 2000
+
+
+@dataclass(frozen=True)
+class Drive:
+    """One scene to write."""
+
+    trajectory: Trajectory
+    weather: str = "day"
+    """handed to the renderer; "rain" and "night" (or both words) also appear in the scene's description"""
+    density: float = 1.0
+    """of the traffic"""
+    vehicle: str = ""
+    """n008 or n015; empty: the one that drove in this city"""
+    name: str = ""
+    """scene name; empty: numbered"""
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A drive with its names and clock."""
+
+    drive: Drive
+    name: str
+    index: int
+    logfile: str
+    vehicle: str
+    start_us: int
+    """start of the first LIDAR turn, which is time 0 of the drive"""
+
+    def stamp_us(self, seconds: float) -> int:
+        return self.start_us + round(seconds * 1e6)
+
+
+def write_dataset(
+    out: str | Path,
+    drives: Sequence[Drive | Trajectory],
+    cities: Mapping[str, dict[str, Any]],
+    *,
+    version: str = "v1.0-mini",
+    render: RenderCall | Mapping[str, RenderCall],
+    image_size: tuple[int, int] = (1600, 900),
+    sweeps: bool = False,
+    seed: int = 0,
+    render_scale: float = 1.0,
+    tilt: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Write ``drives`` through ``cities`` (map dictionaries by location) as the data root ``out``.
+
+    ``render`` is one call, or one per location. Images have ``image_size`` (width, height); they are rendered at
+    ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples are written
+    too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name only
+    when it is complete.
+    """
+    out = Path(out)
+    if out.exists():
+        raise NmpError(f"{out} exists already: remove it or choose another folder")
+    if not drives:
+        raise NmpError("no drives to write: give at least one trajectory")
+    if not 0 < render_scale <= 1:
+        raise NmpError(f"render_scale {render_scale:g} is out of range: choose more than 0 and up to 1")
+    wanted = [d if isinstance(d, Drive) else Drive(d) for d in drives]
+    for drive in wanted:
+        if drive.trajectory.location not in cities:
+            raise NmpError(f"no map for location {drive.trajectory.location!r}: pass it in cities")
+    scenes = _schedule(wanted)
+    tables = Tables(seed)
+    part = out.parent / f".{out.name}.partial"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
+    scenery = {place: make_scenery(cities[place], seed) for place in used}
+    frames = sum(len(_moments(s.drive.trajectory, sweeps)) for s in scenes)
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool, tqdm(
+        total=frames, unit="frame", disable=not progress
+    ) as bar:
+        for scene in scenes:
+            place = scene.drive.trajectory.location
+            call = render if callable(render) else render[place]
+            traffic = make_traffic(cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density)
+            writer = _SceneWriter(part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale)
+            for _ in writer.write(sweeps, seed, tilt):
+                bar.update()
+    for place in used:
+        filename = write_map(cities[place], part, place)
+        logs = [r["token"] for r in tables.rows["log"] if r["location"] == place]
+        tables.add("map", place, category="semantic_prior", filename=filename, log_tokens=logs)
+    tables.finish()
+    tables.write(part / version)
+    part.rename(out)
+    return out
+
+
+def _schedule(drives: Sequence[Drive]) -> list[_Scene]:
+    """Give every drive a scene name and a time of day; drives of one car, day and light share a log."""
+    clock: dict[tuple[str, str, str, bool], datetime.datetime] = {}
+    starts: dict[tuple[str, str, str, bool], datetime.datetime] = {}
+    out = []
+    for k, drive in enumerate(drives):
+        place, date = drive.trajectory.location, drive.trajectory.date
+        boston = place.startswith("boston")
+        vehicle = drive.vehicle or ("n008" if boston else "n015")
+        dark = "night" in drive.weather
+        key = (place, date, vehicle, dark)
+        zone = datetime.timezone(datetime.timedelta(hours=-4 if boston else 8))
+        if key not in clock:
+            # Cities and cars start at different minutes, so that no two logs have one name.
+            minute = 7 * len(clock) % 55
+            day = datetime.datetime.fromisoformat(date)
+            starts[key] = clock[key] = day.replace(hour=20 if dark else 10, minute=minute, tzinfo=zone)
+        stamp = starts[key].strftime("%Y-%m-%d-%H-%M-%S%z")
+        begin = round(clock[key].timestamp() * 1e6)
+        clock[key] += datetime.timedelta(seconds=drive.trajectory.duration_s + 60)
+        out.append(_Scene(drive, drive.name or f"scene-{9000 + k:04d}", k, f"{vehicle}-{stamp}", vehicle, begin))
+    names = [s.name for s in out]
+    if len(set(names)) < len(names):
+        raise NmpError("two drives have the same scene name: leave the names empty or make them different")
+    return out
+
+
+def _moments(trajectory: Trajectory, sweeps: bool) -> list[tuple[float, bool]]:
+    """(start of a turn in s from the start of the drive, is a sample) for every set of six images."""
+    per_sample = round(KEYFRAME_PERIOD_S / CAMERA_PERIOD_S)
+    count = int((trajectory.duration_s - SAMPLE_STAMP_MS / 1000) / KEYFRAME_PERIOD_S + 1e-6) + 1
+    if not sweeps:
+        return [(k * KEYFRAME_PERIOD_S, True) for k in range(count)]
+    total = (count - 1) * per_sample + 1
+    return [(k * CAMERA_PERIOD_S, k % per_sample == 0) for k in range(total)]
+
+
+class _SceneWriter:
+    def __init__(
+        self,
+        root: Path,
+        tables: Tables,
+        pool: ThreadPoolExecutor,
+        scene: _Scene,
+        traffic: Traffic,
+        scenery: Boxes,
+        render: RenderCall,
+        image_size: tuple[int, int],
+        render_scale: float,
+    ) -> None:
+        self.root, self.tables, self.pool = root, tables, pool
+        self.scene, self.traffic, self.scenery, self.render = scene, traffic, scenery, render
+        self.size = image_size
+        self.render_size = (round(image_size[0] * render_scale), round(image_size[1] * render_scale))
+        self.cameras = [_resized(c, image_size) for c in nuscenes_rig(scene.vehicle)]
+
+    def write(self, sweeps: bool, seed: int, tilt: bool) -> Iterator[None]:
+        """Render and write the scene; yields after every set of images."""
+        scene, tables, trajectory = self.scene, self.tables, self.scene.drive.trajectory
+        log = tables.add(
+            "log",
+            scene.logfile,
+            logfile=scene.logfile,
+            vehicle=scene.vehicle,
+            date_captured=trajectory.date,
+            location=trajectory.location,
+        )
+        scene_token = tables.token("scene", scene.name)
+        calibrations = [tables.add_camera(scene.vehicle, camera) for camera in self.cameras]
+        sway = _Sway(np.random.default_rng([seed, scene.index, 5]) if tilt else None)
+        moments = _moments(trajectory, sweeps)
+        keys = [t for t, is_key in moments if is_key]
+        base = trajectory.times_s[0]
+        samples = []
+        for t in keys:
+            stamp_s = t + SAMPLE_STAMP_MS / 1000
+            sample = tables.add(
+                "sample", f"{scene.name}:{t:.4f}", timestamp=scene.stamp_us(stamp_s), scene_token=scene_token
+            )
+            samples.append(sample)
+            users, here = self.traffic.users_at(base + stamp_s), trajectory.at(base + stamp_s)
+            tables.add_annotations(scene.name, sample, users, here[:2], ANNOTATED_M)
+        written: list[Future[None]] = []
+        for k, (t, is_key) in enumerate(moments):
+            # The devkit interpolates boxes between the sample before and the one that an image belongs to.
+            owner = samples[int(np.searchsorted(keys, t - 1e-6))]
+            shots = [t + FIRING_OFFSET_MS[c.name] / 1000 for c in self.cameras]
+            poses = [sway.pose(trajectory.at(base + s), s) for s in shots]
+            images = self._draw(t, poses, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
+            for camera, calibration, s, pose, image in zip(self.cameras, calibrations, shots, poses, images, strict=True):
+                stamp, channel = scene.stamp_us(s), camera.name.upper()
+                folder = "samples" if is_key else "sweeps"
+                filename = f"{folder}/{channel}/{scene.logfile}__{channel}__{stamp}.jpg"
+                tables.add(
+                    "sample_data",
+                    f"{scene.name}:{channel}:{stamp}",
+                    sample_token=owner,
+                    ego_pose_token=tables.add_pose(f"{scene.name}:{channel}:{stamp}", stamp, pose),
+                    calibrated_sensor_token=calibration,
+                    timestamp=stamp,
+                    fileformat="jpg",
+                    is_key_frame=is_key,
+                    height=self.size[1],
+                    width=self.size[0],
+                    filename=filename,
+                )
+                written.append(self.pool.submit(_save, self.root / filename, image, self.size))
+            # Do not let rendering run far ahead of the disk.
+            while len(written) > 120:
+                written.pop(0).result()
+            yield
+        for future in written:
+            future.result()
+        tables.add(
+            "scene",
+            scene.name,
+            log_token=log,
+            nbr_samples=len(samples),
+            first_sample_token=samples[0],
+            last_sample_token=samples[-1],
+            name=scene.name,
+            description=describe(scene.drive),
+        )
+
+    def _draw(self, t: float, poses: list[Array], seed: int) -> NDArray[np.uint8]:
+        base = self.scene.drive.trajectory.times_s[0]
+        moving = self.traffic.at(base + t + FIRING_OFFSET_MS[ANCHOR_CAMERA] / 1000)
+        boxes = nearest(Boxes.joined([moving, self.scenery]), poses[0][:2, 3], RENDERED_M, MAX_BOXES)
+        cameras = [_resized(c, self.render_size) for c in self.cameras]
+        images = self.render(
+            np.stack([c.intrinsics for c in cameras]),
+            np.stack([pose @ c.base_from_camera for pose, c in zip(poses, cameras, strict=True)]),
+            boxes,
+            size=self.render_size,
+            weather=self.scene.drive.weather,
+            seed=seed,
+        )
+        expected = (len(cameras), self.render_size[1], self.render_size[0], 3)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise NmpError(f"the renderer returned {images.dtype} {images.shape}: expected uint8 {expected}")
+        return images
+
+
+def _resized(camera: Camera, size: tuple[int, int]) -> Camera:
+    """Return the camera for images of another size; whole pixel coordinates are pixel centres."""
+    scale = np.array([size[0] / camera.width, size[1] / camera.height])
+    k = camera.intrinsics.copy()
+    k[:2, :2] *= scale[:, None]
+    k[:2, 2] = (k[:2, 2] + 0.5) * scale - 0.5
+    return Camera(camera.name, size[0], size[1], k, camera.base_from_camera)
+
+
+def _save(path: Path, rgb: NDArray[np.uint8], size: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+    if (image.shape[1], image.shape[0]) != size:
+        image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    if not cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+        raise NmpError(f"cannot write {path}: is the disk full?")
+
+
+class _Sway:
+    """The pitch and roll of a car on its springs: slow, and mostly under a degree."""
+
+    def __init__(self, rng: np.random.Generator | None) -> None:
+        self._waves = [] if rng is None else [(rng.normal(0, 0.22, 2), rng.uniform(0.05, 1.1), rng.uniform(0, 7, 2)) for _ in range(4)]
+
+    def pose(self, xyyaw: Array, t: float) -> Array:
+        """Return map_from_base for a planar pose at a time (s)."""
+        pitch, roll = np.radians(
+            sum((a * np.sin(2 * np.pi * f * t + phase) for a, f, phase in self._waves), start=np.zeros(2))
+        )
+        out = np.eye(4)
+        out[:3, :3] = Rotation.from_euler("ZYX", [xyyaw[2], pitch, roll]).as_matrix()
+        out[:2, 3] = xyyaw[:2]
+        return out
+
+
+def describe(drive: Drive) -> str:
+    """Return the description of a scene in the words of nuScenes: weather first, then the manoeuvres."""
+    words = [word.capitalize() for word in ("night", "rain") if word in drive.weather]
+    poses = drive.trajectory.poses_xyyaw
+    heading = np.unwrap(poses[:, 2])
+    steps = np.hypot(*np.diff(poses[:, :2], axis=0).T)
+    if LineString(poses[:, :2]).length < 3:
+        words.append("wait")
+    else:
+        for sign, word in ((1, "turn left"), (-1, "turn right")):
+            if (sign * (heading[-1] - heading[0])) > 0.8:
+                words.append(word)
+        if (steps < 0.02).mean() > 0.1:
+            words.append("stop and go")
+    words.append("dense traffic" if drive.density > 1.2 else "city streets")
+    return ", ".join(words)

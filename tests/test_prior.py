@@ -1,0 +1,607 @@
+"""The city prior: what is written is read back, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nmp.errors import NmpError
+from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.tiles import ORIGIN, TILE, Tile, blocks
+
+CITY = "boston-seaport"
+SPEC = PriorSpec(channels=4, cell=0.3, fingerprint="abc123")
+SECOND = 1_000_000_000
+
+
+def opened(folder: Path, spec: PriorSpec = SPEC, **options: object) -> CityPrior:
+    """Open a prior that saves only when told to."""
+    return CityPrior.open(folder, CITY, spec, **{"flush_interval_s": 1e6, **options})  # type: ignore[arg-type]
+
+
+def cells(window: Window, seed: int = 0) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Return random content for a window, with some cells of evidence 0."""
+    rng = np.random.default_rng(seed)
+    latent = rng.integers(-128, 128, (SPEC.channels, *window.shape)).astype(np.int8)
+    return latent, rng.choice([0, 1, 255, 256, 65535], window.shape).astype(np.uint16)
+
+
+def tile_file(folder: Path, row: int = 0, col: int = 0) -> Path:
+    return folder / CITY / "cells" / "c" / "0" / str(row + ORIGIN) / str(col + ORIGIN)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+# -- windows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, cols", [(224, 224), (5, 8), (1, 1)])
+@pytest.mark.parametrize("x, y", [(0.0, 0.0), (-0.1, -1234.56), (2817.3, 1.4999)])
+def test_window_around_is_snapped_and_centred(x: float, y: float, rows: int, cols: int) -> None:
+    window = Window.around(x, y, 0.3, rows, cols)
+    assert window.shape == (rows, cols)
+    assert abs((window.col + cols / 2) * 0.3 - x) <= 0.15 + 1e-9
+    assert abs((window.row + rows / 2) * 0.3 - y) <= 0.15 + 1e-9
+
+
+def test_window_around_one_cell_is_the_floor() -> None:
+    assert Window.around(-0.1, 0.31, 0.3, 1, 1) == Window(row=1, col=-1, rows=1, cols=1)
+
+
+@pytest.mark.parametrize("x", [float("nan"), float("inf")])
+def test_window_around_nowhere_is_refused(x: float) -> None:
+    with pytest.raises(NmpError, match="localisation"):
+        Window.around(x, 0, 0.3, 4, 4)
+
+
+@pytest.mark.parametrize("window", [Window(-70, -1, 140, 2), Window(0, 0, 64, 64), Window(63, -64, 2, 200)])
+def test_blocks_cover_a_window_once(window: Window) -> None:
+    seen = np.zeros(window.shape, int)
+    for block in blocks(window):
+        seen[block.in_window] += 1
+        # the first cell of the block is the same one, counted from the tile and from the window
+        assert block.key[0] * TILE + block.in_tile[0].start == window.row + block.in_window[0].start
+        assert block.key[1] * TILE + block.in_tile[1].start == window.col + block.in_window[1].start
+    assert (seen == 1).all()
+
+
+def test_tile_survives_packing() -> None:
+    window = Window(0, 0, TILE, TILE)
+    tile = Tile(SPEC.channels)
+    tile.store((slice(None), slice(None)), *cells(window), 4_000_000_000, np.ones(window.shape, bool))
+    again = Tile.unpack(tile.pack())
+    for name in ("latent", "evidence", "last_seen_s"):
+        assert np.array_equal(getattr(tile, name), getattr(again, name)), name
+
+
+# -- reading and writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row, col", [(0, 0), (-100, -70), (-1, 63), (100_000, -100_000)])
+def test_what_is_written_is_read_before_and_after_reopening(tmp_path: Path, row: int, col: int) -> None:
+    window = Window(row, col, 150, 97)
+    latent, evidence = cells(window)
+    expected = np.where(evidence > 0, latent, 0)
+    with opened(tmp_path) as prior:
+        prior.write(window, latent, evidence, 7 * SECOND)
+        assert all(map(np.array_equal, prior.read(window), (expected, evidence)))
+    with opened(tmp_path) as prior:
+        found_latent, found_evidence = prior.read(window)
+        assert found_latent.dtype == np.int8 and found_evidence.dtype == np.uint16
+        assert np.array_equal(found_latent, expected) and np.array_equal(found_evidence, evidence)
+        assert np.array_equal(prior.last_seen(window), (evidence > 0) * 7 * SECOND)
+        # seen through another window: one ring of unknown cells around it
+        _, wide = prior.read(Window(row - 1, col - 1, 152, 99))
+        assert np.array_equal(wide, np.pad(evidence, 1))
+
+
+def test_only_changed_cells_are_stored(tmp_path: Path) -> None:
+    window = Window(-10, -10, 90, 90)
+    first, second = cells(window, 1), cells(window, 2)
+    everywhere = np.ones(window.shape, bool)
+    changed = np.random.default_rng(3).random(window.shape) < 0.5
+    with opened(tmp_path) as prior:
+        prior.write(window, *first, 5 * SECOND, everywhere)
+        prior.write(window, *second, 9 * SECOND, changed)
+        latent, evidence = prior.read(window)
+        assert np.array_equal(latent, np.where(changed, second[0], first[0]))
+        assert np.array_equal(evidence, np.where(changed, second[1], first[1]))
+        assert np.array_equal(prior.last_seen(window), np.where(changed, 9, 5) * SECOND)
+
+
+def test_a_read_is_a_copy(tmp_path: Path) -> None:
+    window = Window(0, 0, 4, 4)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+        before = prior.read(window)
+        expected = before[0].copy()
+        before[0][...] = 1
+        assert np.array_equal(prior.read(window)[0], expected)
+
+
+def test_nothing_changed_creates_nothing(tmp_path: Path) -> None:
+    window = Window(0, 0, 100, 100)
+    latent, evidence = cells(window)
+    with opened(tmp_path) as prior:
+        prior.write(window, latent, evidence, SECOND, np.zeros(window.shape, bool))
+        assert prior.extent() is None and prior.statistics()["tiles"] == 0
+        assert not prior.read(window)[1].any() and prior.statistics()["resident_tiles"] == 0
+
+
+def test_the_first_second_of_a_simulated_clock_is_not_never(tmp_path: Path) -> None:
+    window = Window(0, 0, 1, 1)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), 0, np.ones((1, 1), bool))
+        assert prior.last_seen(window) == SECOND
+
+
+def test_extent_and_statistics(tmp_path: Path) -> None:
+    one = np.ones((SPEC.channels, 1, 1), np.int8), np.ones((1, 1), np.uint16)
+    with opened(tmp_path) as prior:
+        prior.write(Window(-1, 5, 1, 1), *one, SECOND)
+        prior.write(Window(130, 5, 1, 1), *one, SECOND)
+        assert prior.extent() == Window(-64, 0, 256, 64)
+        assert prior.statistics()["dirty_tiles"] == prior.statistics()["tiles"] == 2
+        prior.flush()
+        found = prior.statistics()
+        files = [tile_file(tmp_path, -1, 0), tile_file(tmp_path, 2, 0)]
+        assert found["dirty_tiles"] == 0 and found["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+    with opened(tmp_path, read_only=True) as prior:
+        assert prior.extent() == Window(-64, 0, 256, 64) and prior.statistics()["resident_tiles"] == 0
+
+
+def test_results_do_not_depend_on_eviction_or_saving(tmp_path: Path) -> None:
+    spec = PriorSpec(channels=64, cell=0.3, fingerprint="big")  # a tile of 280 KiB: three fill 1 MiB
+    rng = np.random.default_rng(0)
+    with (
+        opened(tmp_path / "large", spec) as large,
+        opened(tmp_path / "small", spec, resident_mb=1, flush_interval_s=0.01) as small,
+    ):
+        for step in range(60):
+            window = Window(*rng.integers(-300, 300, 2).tolist(), 90, 110)
+            evidence = rng.integers(0, 3, window.shape).astype(np.uint16)
+            merged = []
+            for prior in (large, small):
+                latent, old = prior.read(window)
+                latent += rng.integers(-5, 6) if prior is large else 0
+                merged.append((latent, old))
+            assert np.array_equal(merged[0][1], merged[1][1])
+            # what one of them read and changed goes into both
+            for prior in (large, small):
+                prior.write(window, merged[0][0], merged[0][1] + evidence, step * SECOND)
+        everything = Window(-320, -320, 800, 800)
+        assert all(map(np.array_equal, large.read(everything), small.read(everything)))
+        assert np.array_equal(large.last_seen(everything), small.last_seen(everything))
+        small.flush()
+        small.read(everything)
+        assert small.statistics()["resident_bytes"] <= 2**20
+        assert small.statistics()["tiles"] == large.statistics()["tiles"] > 50
+        large.flush()
+        for file in (tmp_path / "large" / CITY / "cells" / "c").rglob("[0-9]*"):
+            if file.is_file():
+                other = tmp_path / "small" / file.relative_to(tmp_path / "large")
+                assert file.read_bytes() == other.read_bytes(), file
+
+
+def test_unsaved_tiles_do_not_fill_the_memory(tmp_path: Path) -> None:
+    spec = PriorSpec(channels=64, cell=0.3, fingerprint="big")
+    one = np.ones((64, 1, 1), np.int8), np.ones((1, 1), np.uint16)
+    with opened(tmp_path, spec, resident_mb=1) as prior:
+        for tile in range(50):
+            prior.write(Window(0, tile * TILE, 1, 1), *one, SECOND)
+            assert prior.statistics()["resident_bytes"] <= 2**20
+        assert prior.read(Window(0, 0, 1, 50 * TILE))[1].sum() == 50
+
+
+def test_background_thread_saves(tmp_path: Path) -> None:
+    window = Window(0, 0, 10, 10)
+    with opened(tmp_path, flush_interval_s=0.02) as prior:
+        prior.write(window, *cells(window), SECOND)
+        wait_until(lambda: prior.statistics()["dirty_tiles"] == 0)
+        assert tile_file(tmp_path).is_file()
+
+
+# -- misuse -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"latent": np.zeros((4, 5, 5), np.float32)}, "latent .* float32 .* pass int8"),
+        ({"latent": np.zeros((3, 5, 5), np.int8)}, r"latent .*\[3, 5, 5\].*\[4, 5, 5\]"),
+        ({"evidence": np.zeros((5, 5), np.uint8)}, "evidence"),
+        ({"changed": np.zeros((5, 4), bool)}, "changed"),
+        ({"stamp_ns": -1}, "stamp"),
+        ({"stamp_ns": 2**63}, "stamp"),
+        ({"window": Window(2**26, 0, 5, 5)}, "localisation"),
+        ({"window": Window(0, -(2**26) - 1, 5, 5)}, "localisation"),
+    ],
+)
+def test_unfit_arguments_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    window = Window(0, 0, 5, 5)
+    latent, evidence = cells(window)
+    good = {"window": window, "latent": latent, "evidence": evidence, "stamp_ns": SECOND}
+    with opened(tmp_path) as prior:
+        with pytest.raises(NmpError, match=message):
+            prior.write(**{**good, "changed": np.ones((5, 5), bool), **change})  # type: ignore[arg-type]
+        assert prior.extent() is None
+
+
+@pytest.mark.parametrize("location", ["", ".", "..", "a/b", "../a"])
+def test_location_has_to_be_a_plain_name(tmp_path: Path, location: str) -> None:
+    with pytest.raises(NmpError, match="location"):
+        CityPrior.open(tmp_path / "prior", location, SPEC)
+
+
+def test_closed_prior_says_so(tmp_path: Path) -> None:
+    prior = opened(tmp_path)
+    prior.close()
+    prior.close()
+    window = Window(0, 0, 5, 5)
+    for action in (prior.flush, prior.extent, lambda: prior.read(window)):
+        with pytest.raises(NmpError, match="closed"):
+            action()
+    with pytest.raises(NmpError, match="closed"):
+        prior.write(window, *cells(window), SECOND)
+
+
+def test_read_only(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path / "missing", read_only=True) as prior:
+        assert prior.extent() is None and not prior.read(window)[0].any()
+        assert prior.statistics()["tiles"] == 0
+        with pytest.raises(NmpError, match="read-only"):
+            prior.write(window, *cells(window), SECOND)
+        prior.flush()
+    assert not (tmp_path / "missing").exists()
+
+
+def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NmpError, match="--prior"):
+        opened(tmp_path / "file")
+
+
+# -- compatibility ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (PriorSpec(4, 0.3, "def456"), "written by model abc123, these weights are def456: .*another --prior"),
+        (PriorSpec(8, 0.3, "abc123"), "has 4 channels .* wants 8"),
+        (PriorSpec(4, 0.6, "abc123"), "cells of 0.3 m, .* in 0.6 m"),
+    ],
+)
+def test_other_latents_are_refused(tmp_path: Path, spec: PriorSpec, message: str, read_only: bool) -> None:
+    opened(tmp_path).close()
+    with pytest.raises(NmpError, match=message):
+        opened(tmp_path, spec, read_only=read_only)
+    opened(tmp_path).close()  # the refusal left no lock
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": 2}, "format 2, .* update nmp"),
+        ({"format": "x"}, "unreadable"),
+        ({"location": "singapore-queenstown"}, "holds singapore-queenstown, not boston"),
+        ({"spec": {"channels": 4}}, "unreadable"),
+        ({"spec": {"channels": "4", "cell": 0.3, "fingerprint": "abc123"}}, "unreadable"),
+    ],
+)
+def test_foreign_manifests_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    opened(tmp_path).close()
+    path = tmp_path / CITY / "prior.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(NmpError, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    opened(tmp_path).close()
+    (tmp_path / CITY / "prior.json").write_bytes(content)
+    with pytest.raises(NmpError, match="prior.json is unreadable"):
+        opened(tmp_path)
+
+
+def test_tiles_without_a_manifest_are_refused(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+    (tmp_path / CITY / "prior.json").unlink()
+    for read_only in (False, True):
+        with pytest.raises(NmpError, match="prior.json is unreadable"):
+            opened(tmp_path, read_only=read_only)
+    assert tile_file(tmp_path).is_file()
+
+
+def test_damaged_array_description_can_be_rebuilt(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+        expected = prior.read(window)
+    description = tmp_path / CITY / "cells" / "zarr.json"
+    content = description.read_bytes()
+    description.write_bytes(content[:50])
+    with pytest.raises(NmpError, match="delete that one file"):
+        opened(tmp_path)
+    description.unlink()
+    with opened(tmp_path) as prior:
+        assert all(map(np.array_equal, prior.read(window), expected))
+    assert description.read_bytes() == content
+
+
+def test_only_one_writer(tmp_path: Path) -> None:
+    import os
+
+    with opened(tmp_path):
+        with pytest.raises(NmpError, match=f"written by process {os.getpid()}"):
+            opened(tmp_path)
+        opened(tmp_path, read_only=True).close()
+    opened(tmp_path).close()
+
+
+# -- damage -------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(content: bytes, position: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[position // 8] ^= 1 << position % 8
+    return bytes(damaged)
+
+
+def test_corrupt_tile_is_unknown_reported_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    window = Window(0, 0, TILE, 2 * TILE)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+        _, evidence = prior.read(window)
+    evidence[:, :TILE] = 0
+    file = tile_file(tmp_path)
+    damaged = flip_a_bit(file.read_bytes(), 4321)
+    file.write_bytes(damaged)
+
+    with opened(tmp_path, read_only=True) as prior, caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert np.array_equal(prior.read(window)[1], evidence)
+    assert len(caplog.records) == 1 and file.read_bytes() == damaged
+    caplog.clear()
+
+    with opened(tmp_path) as prior, caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert np.array_equal(prior.read(window)[1], evidence)
+        assert "(0, 0)" in caplog.text and str(file) in caplog.text and len(caplog.records) == 1
+        prior.write(window, *cells(window, 5), SECOND)
+        after = prior.read(window)
+    aside = file.with_name(f"{file.name}.corrupt")
+    assert aside.read_bytes() == damaged
+    file.write_bytes(damaged)  # a second time: the first file stays
+    with opened(tmp_path) as prior:
+        assert np.array_equal(prior.read(window)[1][:, TILE:], after[1][:, TILE:])
+        assert prior.statistics()["tiles"] == 1
+    assert len(list(file.parent.glob("*.corrupt"))) == 2
+
+
+def test_corrupt_tile_is_kept_when_a_write_comes_first(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+    tile_file(tmp_path).write_bytes(b"")
+    with opened(tmp_path) as prior:
+        prior.write(Window(20, 20, 5, 5), *cells(window, 2), SECOND)
+        assert not prior.read(window)[1].any()
+    assert tile_file(tmp_path).with_name(f"{ORIGIN}.corrupt").read_bytes() == b""
+
+
+def test_every_bit_flip_and_cut_is_detected(tmp_path: Path) -> None:
+    window = Window(0, 0, TILE, TILE)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+    content = tile_file(tmp_path).read_bytes()
+    rng = random.Random(0)
+    for number in range(100):
+        cut = content[: rng.randrange(len(content))]
+        tile_file(tmp_path).write_bytes(
+            cut if number % 5 == 0 else flip_a_bit(content, rng.randrange(8 * len(content)))
+        )
+        with opened(tmp_path, read_only=True) as prior:
+            assert not prior.read(window)[1].any(), number
+
+
+def test_a_file_that_cannot_be_read_is_not_called_corrupt(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+    with opened(tmp_path) as prior:
+        file = tile_file(tmp_path)
+        saved = file.read_bytes()
+        file.unlink()
+        file.mkdir()  # stands for a failing disk: present, but no bytes come
+        with pytest.raises(NmpError, match="cannot read .* check the disk"):
+            prior.read(window)
+        with pytest.raises(NmpError, match="cannot read"):
+            prior.write(window, *cells(window), SECOND)
+        file.rmdir()
+        file.write_bytes(saved)
+        assert prior.read(window)[1].any()
+
+
+# -- failing and dying --------------------------------------------------------------------------------------
+
+
+def test_failed_save_is_raised_kept_and_repeated(tmp_path: Path) -> None:
+    window = Window(0, 0, 10, 10)
+    latent, evidence = cells(window)
+    with opened(tmp_path, flush_interval_s=0.02) as prior:
+        obstacle = tmp_path / CITY / "cells" / "c"
+        obstacle.write_text("")  # a file where tiles want a folder
+        prior.write(window, latent, evidence, SECOND)
+        wait_until(lambda: prior._error is not None)
+        with pytest.raises(NmpError, match="cannot save 1 tiles of the prior in .*: free disk space"):
+            prior.write(Window(0, 20, 10, 10), latent, evidence, SECOND)
+        with pytest.raises(NmpError, match="Not a directory"):
+            prior.flush()
+        assert prior.statistics()["dirty_tiles"] == 1
+        # the write that reported it was stored none the less
+        assert np.array_equal(prior.read(Window(0, 20, 10, 10))[1], evidence)
+        obstacle.unlink()
+        prior.flush()
+        prior.write(window, latent, evidence, SECOND)
+    with opened(tmp_path) as prior:
+        assert np.array_equal(prior.read(Window(0, 20, 10, 10))[1], evidence)
+
+
+def test_memory_is_bounded_while_nothing_can_be_saved(tmp_path: Path) -> None:
+    spec = PriorSpec(channels=64, cell=0.3, fingerprint="big")
+    one = np.ones((64, 1, 1), np.int8), np.ones((1, 1), np.uint16)
+    prior = opened(tmp_path, spec, resident_mb=1)
+    obstacle = tmp_path / CITY / "cells" / "c"
+    obstacle.write_text("")
+    stored = 0
+    for tile in range(20):
+        try:
+            prior.write(Window(0, tile * TILE, 1, 1), *one, SECOND)
+            stored += 1
+        except NmpError:
+            pass
+    assert prior.statistics()["resident_bytes"] <= 2**20
+    assert prior.read(Window(0, 0, 1, 20 * TILE))[1].sum() == stored < 20
+    with pytest.raises(NmpError, match="cannot save"):
+        prior.close()
+    obstacle.unlink()
+    opened(tmp_path, spec).close()  # the lock is free all the same
+
+
+def run_child(code: str, folder: Path, **options: object) -> subprocess.Popen[str]:
+    """Start python code that finds this module's names and ``folder``."""
+    prelude = f"""
+        import importlib.util, sys
+        from pathlib import Path
+        sys.path[:0] = {sys.path!r}
+        import numpy as np
+        from nmp.errors import NmpError
+        from nmp.prior import CityPrior, PriorSpec, Window
+        folder = Path({str(folder)!r})
+        spec = PriorSpec({SPEC.channels}, {SPEC.cell}, {SPEC.fingerprint!r})
+    """
+    program = textwrap.dedent(prelude) + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_full_disk_harms_nothing_stored(tmp_path: Path) -> None:
+    # a limit on the size of files stands for the full disk: part of the tile is written, then an error comes
+    child = run_child(
+        f"""
+        import resource
+        window = Window(0, 0, 64, 64)
+        noise = np.random.default_rng(0).integers(-128, 128, (4, 64, 64)).astype(np.int8)
+        prior = CityPrior.open(folder, {CITY!r}, spec, flush_interval_s=1e6)
+        prior.write(window, noise // 64, np.ones((64, 64), np.uint16), 10**9)
+        prior.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        prior.write(window, noise, np.full((64, 64), 2, np.uint16), 10**9)
+        try:
+            prior.flush()
+        except NmpError as error:
+            print(error, flush=True)
+        reader = CityPrior.open(folder, {CITY!r}, spec, read_only=True)
+        print(reader.read(window)[1].max(), prior.read(window)[1].max(), flush=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        prior.close()
+        """,
+        tmp_path,
+    )
+    output, _ = child.communicate(timeout=30)
+    assert child.returncode == 0
+    message, seen = output.splitlines()
+    assert "cannot save 1 tiles" in message and "File too large" in message and "[" not in message
+    assert seen == "1 2"
+    with opened(tmp_path, read_only=True) as prior:
+        assert (prior.read(Window(0, 0, 64, 64))[1] == 2).all()
+
+
+def test_kill_during_writes_loses_nothing_flushed_and_tears_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    window = Window(-64, -64, 192, 192)  # nine whole tiles
+    writer = f"""
+        window = Window(-64, -64, 192, 192)
+        noise = np.random.default_rng(0).integers(-99, 99, (4, 192, 192)).astype(np.int8)
+        with CityPrior.open(folder, {CITY!r}, spec, flush_interval_s=0.001) as prior:
+            for number in range(FIRST, 60000):
+                latent = np.full((4, 192, 192), number % 100, np.int8)
+                if number % 2:  # files of very different sizes, for what a shorter one leaves of a longer one
+                    latent[1:] = noise[1:]
+                prior.write(window, latent, np.full((192, 192), number, np.uint16), number * 10**9)
+                if number % 5 == 0:
+                    prior.flush()
+                    print(number, flush=True)
+    """
+    rng = random.Random(0)
+    flushed = 1
+    for _ in range(10):
+        child = run_child(writer.replace("FIRST", str(flushed + 1000)), tmp_path)
+        assert child.stdout is not None
+        flushed = int(child.stdout.readline())
+        time.sleep(rng.uniform(0, 0.15))
+        child.send_signal(signal.SIGKILL)
+        lines = child.communicate(timeout=30)[0].splitlines(keepends=True)
+        flushed = max([flushed, *(int(line) for line in lines if line.endswith("\n"))])
+        with opened(tmp_path) as prior, caplog.at_level(logging.WARNING):
+            latent, evidence = prior.read(window)
+            seconds = prior.last_seen(window) // SECOND
+        assert not caplog.records, "no tile was corrupt"
+        for row in (0, 64, 128):
+            for col in (0, 64, 128):
+                tile = slice(row, row + 64), slice(col, col + 64)
+                number = int(evidence[tile][0, 0])
+                assert number >= flushed, "a flushed tile was lost"
+                assert (evidence[tile] == number).all() and (seconds[tile] == number).all()
+                assert (latent[0][tile] == number % 100).all()
+    assert not list(tmp_path.rglob("*__lock")), "what the crash left was cleaned"
+
+
+def test_unfinished_longer_file_does_not_spoil_the_next_tile(tmp_path: Path) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+        prior.flush()
+        tile_file(tmp_path).with_name(f"{ORIGIN}.__lock").write_bytes(b"x" * 1_000_000)
+        prior.write(window, *cells(window, 2), SECOND)
+        prior.flush()
+        expected = prior.read(window)
+    with opened(tmp_path) as prior:
+        assert all(map(np.array_equal, prior.read(window), expected))
+
+
+def test_program_that_forgets_to_close_is_saved(tmp_path: Path) -> None:
+    child = run_child(
+        f"""
+        prior = CityPrior.open(folder, {CITY!r}, spec, flush_interval_s=1e6)
+        prior.write(Window(0, 0, 2, 2), np.ones((4, 2, 2), np.int8), np.ones((2, 2), np.uint16), 10**9)
+        """,
+        tmp_path,
+    )
+    child.communicate(timeout=30)
+    assert child.returncode == 0
+    with opened(tmp_path, read_only=True) as prior:
+        assert prior.read(Window(0, 0, 2, 2))[1].all()
