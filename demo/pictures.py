@@ -39,7 +39,7 @@ def _keyframes(bag: Path, layers: Path, count: int) -> list[tuple[Frame, LocalMa
     return [(frames[i], maps[frames[i].stamp_ns]) for i in spread(len(frames), count)]
 
 
-def film(bag: Path, systems: Mapping[str, Path], maps: CityMaps, title: str, count: int = 4) -> draw.Picture:
+def film(bag: Path, systems: Mapping[str, Path], maps: CityMaps, title: str, count: int = 3) -> draw.Picture:
     """Show a few keyframes: cameras with the last system's layers painted in, every system's layers, the truth."""
     *others, (shown, layers) = systems.items()
     by_stamp = {name: {m.stamp_ns: m for m in read_layers(folder)} for name, folder in others}

@@ -26,6 +26,7 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01em;
 h2 { font-size: 20px; margin: 44px 0 12px; }
 p { max-width: 75ch; margin: 0 0 12px; }
 .soft, figcaption, .note { color: var(--soft); }
+.note { font-size: 14px; margin-top: 8px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 26px 0 8px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
 .tile b { display: block; font-size: 26px; line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -37,6 +38,7 @@ th, td { text-align: right; padding: 9px 16px; border-top: 1px solid var(--line)
 tr:first-child th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 14px; }
 th:first-child, td:first-child { text-align: left; }
 td.bar { background: linear-gradient(90deg, var(--bar) calc(var(--v) * 1%), transparent 0); }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 18px; }
 figure { margin: 0 0 18px; }
 figure img { width: 100%; height: auto; display: block; border-radius: 10px; border: 1px solid var(--line); }
 figcaption { font-size: 14px; margin-top: 6px; }
@@ -81,16 +83,10 @@ class Report:
         lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
         self.parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
 
-    def picture(self, picture: Picture, caption: str, *, photo: bool = False) -> None:
-        """Embed a picture; ``photo`` as JPEG, otherwise without loss."""
-        data = io.BytesIO()
-        if photo:
-            Image.fromarray(picture).save(data, "JPEG", quality=88)
-        else:
-            Image.fromarray(picture).save(data, "PNG", optimize=True)
-        source = f"data:image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(data.getvalue()).decode()}"
-        words = escape(caption, quote=True)
-        self.parts.append(f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>')
+    def pictures(self, *pictures: tuple[Picture, str], photo: bool = False) -> None:
+        """Add pictures with their captions, side by side; ``photo`` as JPEG, otherwise without loss."""
+        figures = "".join(_figure(picture, caption, photo) for picture, caption in pictures)
+        self.parts.append(f'<div class="pair">{figures}</div>' if len(pictures) > 1 else figures)
 
     def commands(self, text: str) -> None:
         self.parts.append(f"<pre>{escape(text.strip())}</pre>")
@@ -102,6 +98,17 @@ class Report:
             f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(self.title)}</h1>"
             f'<p class="soft">{escape(self.lead)}</p>\n' + "\n".join(self.parts) + "\n</main></body></html>\n"
         )
+
+
+def _figure(picture: Picture, caption: str, photo: bool) -> str:
+    data = io.BytesIO()
+    if photo:
+        Image.fromarray(picture).save(data, "JPEG", quality=88)
+    else:
+        Image.fromarray(picture).save(data, "PNG", optimize=True)
+    source = f"data:image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(data.getvalue()).decode()}"
+    words = escape(caption, quote=True)
+    return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 def _score(value: float) -> str:

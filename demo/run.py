@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,6 @@ make demo DATAROOT=/data/nuscenes VERSION=v1.0-trainval
 
 
 def _machine() -> dict[str, Any]:
-    import torch
-
     model = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -53,7 +52,7 @@ def _machine() -> dict[str, Any]:
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": metadata.version("torch"),
         "system": platform.platform(),
     }
 
@@ -85,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-scenes", type=int, default=2, help="how many, where none are named (default: %(default)s)"
     )
     parser.add_argument("--weights", type=Path, help="another network (.safetensors)")
-    parser.add_argument("--seed", type=int, default=1, help="of the simulated city (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="another simulated city and route")
     args = parser.parse_args(argv)
     # make passes empty variables on as empty text
     args.dataroot = Path(args.dataroot).expanduser().resolve() if args.dataroot else None

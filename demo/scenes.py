@@ -46,7 +46,7 @@ def drive_scenes(
     """Drive scenes of a nuScenes folder; return the metrics, the report so far, and the lines to print."""
     out, steps = stage.out, stage.steps
     maps = CityMaps(dataroot)
-    with steps.step("record", f"Writing {len(scenes)} scene(s) of {dataroot} as ROS 2 bags: {', '.join(scenes)}"):
+    with steps.step("record", f"Writing {', '.join(scenes)} of {dataroot} as ROS 2 bags"):
         bags = stage.record(dataroot, version, scenes)
     drives = []
     for scene in scenes:
@@ -67,7 +67,7 @@ def drive_scenes(
 
     report = Report(
         "Real cameras, live",
-        f"{len(drives)} scene(s) of {dataroot.name} ({version}), six cameras each, played as ROS 2 bags to the mapping "
+        f"{', '.join(scenes)} of {dataroot.name} ({version}), six cameras each, played as ROS 2 bags to the mapping "
         "node in real time; the layers were recorded from its topics, and the map was stored.",
     )
     report.tiles(
@@ -97,12 +97,13 @@ def drive_scenes(
         report.text(f"With the weights {stage.weights}, each scene with what the scenes before it had stored.", "note")
         lines.append(format_table({name: score.scores for name, score in scores.items()}))
     report.heading("In the cameras")
-    report.picture(
-        strip, "Left what the network draws, right the map expansion; the car looks to the right.", photo=True
-    )
+    caption = "Left what the network draws, right the map expansion; seen from above, the car looks to the right."
+    report.pictures((strip, caption), photo=True)
     report.heading("The map")
-    report.picture(seen, f"What the node saw in {longest.name}: the mean of its local maps.")
-    report.picture(true, "The true map of the same places.")
+    report.pictures(
+        (seen, f"What the node drew in {longest.name}: the mean of its local maps."),
+        (true, "The true map of the same places."),
+    )
     report.heading("How it ran")
     drives_table(report, drives)
     return metrics, report, lines

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from children import Children
+from children import Child, Children
 from drive import Drive, run_drive
 from report import Report
 
@@ -50,23 +50,21 @@ class Stage:
         self.children = children
         self.steps = steps
 
-    def nmp(self, name: str, *arguments: str | Path, timeout: float = 600.0) -> None:
-        """Run the command ``nmp`` as a process of its own."""
-        command = [sys.executable, "-m", "nmp.cli", *(str(a) for a in arguments)]
-        self.children.wait(self.children.start(name, command), timeout=timeout)
+    def nmp(self, name: str, *arguments: str | Path) -> Child:
+        """Start the command ``nmp`` as a process of its own."""
+        return self.children.start(name, [sys.executable, "-m", "nmp.cli", *(str(a) for a in arguments)])
 
     def record(self, dataroot: Path, version: str, scenes: Sequence[str]) -> dict[str, Path]:
         """Turn scenes into bags, side by side two at a time, and return them by scene."""
         bags = {scene: self.out / "bags" / scene for scene in scenes}
         for i in range(0, len(scenes), 2):
             jobs = [
-                self.children.start(
-                    f"bag-{scene}",
-                    [sys.executable, "-m", "nmp.cli", "bag", "--dataroot", str(dataroot), "--version", version]
-                    + ["--scene", scene, "--out", str(bags[scene])],
+                self.nmp(
+                    f"bag-{scene}", "bag", "--dataroot", dataroot, "--version", version, "--scene", scene,
+                    "--out", bags[scene],
                 )
                 for scene in scenes[i : i + 2]
-            ]
+            ]  # fmt: skip
             self.children.wait(*jobs, timeout=1800.0)
         return bags
 
@@ -75,13 +73,19 @@ class Stage:
         layers.mkdir(parents=True)
         return run_drive(self.children, name, bag, layers=layers, prior=prior, weights=self.weights, progress=_count)
 
-    def replay(self, name: str, bag: Path, prior: Path | None) -> Path:
-        layers = self.out / "layers" / name
-        arguments: list[str | Path] = ["map", bag, "--out", layers]
-        arguments += ["--prior", prior] if prior else ["--no-prior"]
-        arguments += ["--weights", self.weights] if self.weights else []
-        self.nmp(f"map-{name}", *arguments)
-        return layers
+    def replay(self, runs: Mapping[str, tuple[Path, Path | None]]) -> list[Path]:
+        """Map bags without DDS, {name: (bag, prior or None)}, side by side; return the folders of the layers."""
+        jobs, folders = [], []
+        for name, (bag, prior) in runs.items():
+            arguments: list[str | Path] = ["map", bag, "--out", self.out / "layers" / name]
+            arguments += ["--prior", prior] if prior else ["--no-prior"]
+            arguments += ["--weights", self.weights] if self.weights else []
+            # Two processes of one thread get further than two that share their cores by halves.
+            arguments += ["--threads", "1"] if len(runs) > 1 else []
+            jobs.append(self.nmp(f"map-{name}", *arguments))
+            folders.append(self.out / "layers" / name)
+        self.children.wait(*jobs, timeout=900.0)
+        return folders
 
 
 def drives_table(report: Report, drives: Sequence[Drive]) -> None:

@@ -17,13 +17,14 @@ def _sim(arguments: argparse.Namespace) -> None:
     make_dataset(
         arguments.out,
         seed=arguments.seed,
-        scenes=arguments.scenes,
+        routes=arguments.routes,
+        passes=arguments.passes,
         duration_s=arguments.duration,
         size_m=arguments.size,
-        passes=arguments.passes,
-        image_scale=arguments.render_scale,
         version=arguments.version,
+        render_scale=arguments.render_scale,
         sweeps=arguments.sweeps,
+        weather=arguments.weather,
     )
 
 
@@ -32,7 +33,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     from nmp_train.fit import fit
 
     config = load_config(arguments.config, arguments.override)
-    fit(config, arguments.out, start=arguments.start, device_name=arguments.device)
+    fit(config, arguments.out, start=arguments.start, first_stage=arguments.first_stage, device_name=arguments.device)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,11 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     sim = commands.add_parser("sim", help="write a simulated nuScenes data set")
     sim.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     sim.add_argument("--seed", type=int, default=0, help="the same seed gives the same data set (default 0)")
-    sim.add_argument("--scenes", type=int, default=2, help="number of routes (default 2)")
-    sim.add_argument("--passes", type=int, default=1, help="drives of every route, each on another day (default 1)")
+    sim.add_argument("--routes", type=int, default=1, help="number of routes (default 1)")
+    sim.add_argument("--passes", type=int, default=2, help="drives of every route, each on another day (default 2)")
+    sim.add_argument("--weather", choices=("day", "rain", "night"), default="day")
     sim.add_argument("--duration", type=float, default=20.0, help="length of a scene, s (default 20)")
-    sim.add_argument("--size", type=float, default=400.0, help="edge of the city, m (default 400)")
-    sim.add_argument("--render-scale", type=float, default=0.5, help="resolution of the ray caster (default 0.5)")
+    sim.add_argument("--size", type=float, default=420.0, help="edge of the city, m (default 420)")
+    sim.add_argument("--render-scale", type=float, default=0.4, help="resolution of the ray caster (default 0.4)")
     sim.add_argument("--name", dest="version", default="v1.0-mini", help="nuScenes version name (default v1.0-mini)")
     sim.add_argument("--sweeps", action="store_true", help="also write the 12 Hz images between keyframes")
     sim.set_defaults(run=_sim)
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("override", nargs="*", help="key=value, for example stages.0.batch=8")
     fit.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
     fit.add_argument("--start", type=Path, help="weights to start from")
+    fit.add_argument("--first-stage", type=int, default=1, help="skip the stages before this one (default 1)")
     fit.add_argument("--device", help="cuda or cpu (default: cuda when there is one)")
     fit.set_defaults(run=_fit)
     return parser

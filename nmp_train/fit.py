@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -186,8 +187,21 @@ def validate(
     return {name: meter.percent() for name, meter in meters.items()}
 
 
-def fit(config: TrainConfig, out: Path, *, start: Path | None = None, device_name: str | None = None) -> dict[str, Any]:
-    """Train all stages and write ``<out>/network.safetensors`` with its JSON; returns the summary written there."""
+def fit(
+    config: TrainConfig,
+    out: Path,
+    *,
+    start: Path | None = None,
+    first_stage: int = 1,
+    device_name: str | None = None,
+) -> dict[str, Any]:
+    """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
+
+    :param start: weights to begin with, as a run of earlier stages left them
+    :return: the summary that is also written to ``<out>/training.json``
+    """
+    if not 1 <= first_stage <= len(config.stages):
+        raise NmpError(f"stage {first_stage} does not exist: the configuration has {len(config.stages)}")
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
@@ -202,15 +216,25 @@ def fit(config: TrainConfig, out: Path, *, start: Path | None = None, device_nam
     network = load_network(start)[0] if start else BEVNetwork(config.network)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     history: list[dict[str, Any]] = []
-    for number, stage in enumerate(config.stages):
-        summary = _run_stage(network, simulator, worlds, config, stage, number)
-        summary["scores"] = validate(network, examiner, held_out, config, config.validation_groups, 77)
-        print(format_table(summary["scores"]), flush=True)
-        history.append(summary)
-        result = {"stages": history, "config": config.to_dict(), "device": _device_text(device)}
+    result: dict[str, Any] = {"stages": history, "config": config.to_dict(), "device": _device_text(device)}
+    for number, stage in list(enumerate(config.stages))[first_stage - 1 :]:
+        history.append({"stage": number + 1, **_run_stage(network, simulator, worlds, config, stage, number)})
+        save_network(network, out / "network.safetensors", result)
+        history[-1]["scores"] = validate(network, examiner, held_out, config, config.validation_groups, 77)
+        print(format_table(history[-1]["scores"]), flush=True)
         (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
         save_network(network, out / "network.safetensors", result)
     return result
+
+
+def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """Exponential moving average that forgets the untrained start: the decay grows to its value."""
+
+    def average(kept: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        grown = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        return kept + (1 - grown) * (current - kept)
+
+    return average
 
 
 def _device_text(device: torch.device) -> str:
@@ -231,7 +255,7 @@ def _run_stage(
     network.neck.requires_grad_(not stage.freeze_images)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    averaged = AveragedModel(network, avg_fn=_moving_average(config.ema_decay), use_buffers=True)
     generator = torch.Generator(device).manual_seed(config.seed + number)
     begin = time.monotonic()
     waited, losses, step, frames = 0.0, [], 0, 0

@@ -120,7 +120,7 @@ def test_mosaic_and_strip_sizes() -> None:
     strip = film_strip(
         frame(), [Panel.of("predicted", m), Panel("true map", m.masks)], GRID, painted=m.masks, camera_width=160
     )
-    assert strip.shape == (184, 488 + 8 + 180, 3)
+    assert strip.shape == (184 + 4 + 121, 488, 3)
     sheet = film_sheet([strip, strip], "A drive", ["0.0 s", "0.5 s"])
     assert sheet.shape[1] == strip.shape[1] and sheet.shape[0] > 2 * strip.shape[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -352,8 +353,6 @@ def test_damaged_array_description_can_be_rebuilt(tmp_path: Path) -> None:
 
 
 def test_only_one_writer(tmp_path: Path) -> None:
-    import os
-
     with opened(tmp_path):
         with pytest.raises(NmpError, match=f"written by process {os.getpid()}"):
             opened(tmp_path)
@@ -427,6 +426,17 @@ def test_every_bit_flip_and_cut_is_detected(tmp_path: Path) -> None:
             assert not prior.read(window)[1].any(), number
 
 
+def test_vanished_tile_is_unknown_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    window = Window(0, 0, 5, 5)
+    with opened(tmp_path) as prior:
+        prior.write(window, *cells(window), SECOND)
+    with opened(tmp_path) as prior, caplog.at_level(logging.WARNING):
+        tile_file(tmp_path).unlink()
+        assert not prior.read(window)[1].any() and not prior.read(window)[1].any()
+        assert len(caplog.records) == 1 and "vanished" in caplog.text
+        assert prior.extent() is None
+
+
 def test_a_file_that_cannot_be_read_is_not_called_corrupt(tmp_path: Path) -> None:
     window = Window(0, 0, 5, 5)
     with opened(tmp_path) as prior:
@@ -435,12 +445,12 @@ def test_a_file_that_cannot_be_read_is_not_called_corrupt(tmp_path: Path) -> Non
         file = tile_file(tmp_path)
         saved = file.read_bytes()
         file.unlink()
-        file.mkdir()  # stands for a failing disk: present, but no bytes come
+        file.symlink_to(file)  # stands for a failing disk: present, but no bytes come
         with pytest.raises(NmpError, match="cannot read .* check the disk"):
             prior.read(window)
         with pytest.raises(NmpError, match="cannot read"):
             prior.write(window, *cells(window), SECOND)
-        file.rmdir()
+        file.unlink()
         file.write_bytes(saved)
         assert prior.read(window)[1].any()
 

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from shapely import STRtree
 from shapely.geometry import LineString, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
@@ -54,28 +55,53 @@ def generate_city(seed: int, location: str, size_m: float = 600.0) -> dict[str, 
     if not 200 <= size_m <= 5000:
         raise NmpError(f"city size {size_m:g} m is out of range: choose 200 to 5000 m")
     style = style_of(location)
-    for attempt in range(20):
+    for attempt in range(60):
         rng = np.random.default_rng([seed, attempt, *location.encode()])
         plan = make_plan(rng, size_m, style)
-        if len(plan.streets) >= 4:
-            break
-    else:
-        raise NmpError(f"seed {seed} gives no street plan in {size_m:g} m: choose another seed or a larger city")
-    streets = [make_street(rng, planned, style) for planned in plan.streets]
-    junctions = make_junctions(rng, plan.nodes, streets)
-    return _Draft(rng, style, streets, junctions, size_m).build(f"{seed}:{location}:{size_m}")
+        ends = [n for street in plan.streets for n in (street.a, street.b)]
+        if sum(ends.count(n) > 2 for n in range(len(plan.nodes))) < 3:
+            continue
+        streets = [make_street(rng, planned, style) for planned in plan.streets]
+        junctions = make_junctions(rng, plan.nodes, streets)
+        tables = _Draft(rng, style, streets, junctions, size_m).build(f"{seed}:{location}:{size_m}")
+        if _goes_on(tables):
+            return tables
+    raise NmpError(f"seed {seed} gives no street plan in {size_m:g} m: choose another seed or a larger city")
 
 
-@dataclass
+def _goes_on(tables: dict[str, Any]) -> bool:
+    """Whether there is somewhere from where one can drive on for ever."""
+    links = {token: set(link["outgoing"]) for token, link in tables["connectivity"].items()}
+    while dead := {token for token, onward in links.items() if not onward & links.keys()}:
+        links = {token: onward for token, onward in links.items() if token not in dead}
+    return bool(links)
+
+
+@dataclass(eq=False)
 class _Piece:
-    """A lane polygon of the map with its line of travel."""
+    """A lane record of the map: an interval along a street, with its line of travel."""
 
     street: Street
     lane: Lane
-    path: Array
-    shape: Polygon
     start: float
+    stop: float
+    path: Array
     token: str = ""
+
+
+class _Clips:
+    """A large geometry, cut to the neighbourhood of each street once: what follows is much faster on the cuts."""
+
+    def __init__(self, whole: BaseGeometry) -> None:
+        self._whole = whole
+        self._known: dict[int, BaseGeometry] = {}
+
+    def near(self, street: Street) -> BaseGeometry:
+        key = id(street)
+        if key not in self._known:
+            low, high = street.centre.min(axis=0) - 30, street.centre.max(axis=0) + 30
+            self._known[key] = shapely.clip_by_rect(self._whole, *low, *high).buffer(0)
+        return self._known[key]
 
 
 @dataclass
@@ -88,17 +114,32 @@ class _Draft:
     crossings: list[Polygon] = field(default_factory=list)
     bands: list[tuple[Street, float, float]] = field(default_factory=list)
     medians: list[BaseGeometry] = field(default_factory=list)
+    kerbs: BaseGeometry = field(default_factory=Polygon)
+    """road surface without driveway openings and with medians filled"""
 
     def build(self, name: str) -> dict[str, Any]:
         self._cross_arms()
-        solid = self._surfaces()
+        drives = self._surfaces()
+        pieces = self._plan_pieces()
+        links = self._plan_links(pieces)
+        # Where vehicles turn there is road, and no island.
+        driven = shapely.union_all([LineString(turn_path(p.path[-2:], q.path[:2])).buffer(1.5) for p, q in links])
+        # Crossings end at the kerb of the street, also where an opening lies beside them.
+        self.kerbs = shapely.union_all([self.kerbs, driven])
+        solid = shapely.union_all([self.kerbs, *drives])
+        # Kerbs turn into openings with a small radius.
+        solid = shapely.buffer(shapely.buffer(solid, 1.6, quad_segs=4), -1.6, quad_segs=4)
+        solid = solid.intersection(box(2, 2, self.size - 2, self.size - 2))
         islands = shapely.union_all([*self.medians, *(i for j in self.junctions for i in j.islands)])
+        islands = shapely.buffer(islands.difference(driven), -0.15).buffer(0.15)
+        islands = shapely.union_all(polygons_of(islands, 1.5))
         self.total = shapely.simplify(solid.difference(islands), 0.02)
         self._draw_crossings()
         self.builder = MapBuilder(name, self.size, self.size)
         self._emit_surface()
-        pieces = self._emit_lanes()
-        self._emit_connectors(pieces)
+        self._emit_lanes(pieces)
+        self._emit_connectors(links)
+        self._emit_stop_lines()
         self._emit_dividers()
         self._emit_walkways()
         return self.builder.tables
@@ -121,7 +162,8 @@ class _Draft:
             for end in (0, 1):
                 street.limit.setdefault(end, float(self.rng.uniform(0.3, 1.5)))
 
-    def _surfaces(self) -> BaseGeometry:
+    def _surfaces(self) -> list[BaseGeometry]:
+        """Lay out streets, junctions and medians; return the driveway openings."""
         bases = [s.base() for s in self.streets]
         drives: list[BaseGeometry] = []
         for k, street in enumerate(self.streets):
@@ -137,11 +179,7 @@ class _Draft:
             self.bands += [(street, g.start + 0.8, g.stop - g.start - 1.6) for g in street.gaps if g.crossing]
         for junction in self.junctions:
             round_corners(self.rng, junction)
-        # Crossings end at the kerb of the street, also where an opening lies beside them.
         self.kerbs = shapely.union_all([s.surface() for s in self.streets] + [j.fill for j in self.junctions])
-        solid = shapely.union_all([self.kerbs, *drives])
-        # Kerbs turn into openings with a small radius.
-        solid = shapely.buffer(shapely.buffer(solid, 1.6, quad_segs=4), -1.6, quad_segs=4)
         for street in self.streets:
             noses = {}
             for end, at in ((0, street.a), (1, street.b)):
@@ -149,9 +187,10 @@ class _Draft:
                 nose = street.mouth[end] + self.rng.uniform(-0.5, 2.0) if refuge else street.limit[end]
                 noses[end] = float(nose) if at >= 0 else -5.0
             self.medians.append(median_hole(self.rng, street, noses))
-        return solid.intersection(box(2, 2, self.size - 2, self.size - 2))
+        return drives
 
     def _draw_crossings(self) -> None:
+        kerbs = _Clips(self.kerbs)
         for street, start, width in self.bands:
             skew = float(np.clip(self.rng.normal(0, 0.07), -0.22, 0.22))
             taper = float(self.rng.normal(0, 0.25))
@@ -159,7 +198,7 @@ class _Draft:
             for s, extra in ((start, 0.0), (start + width, taper)):
                 d = np.linspace(-street.half[RIGHT] - 5, street.half[LEFT] + 5, 60)
                 along = s + skew * d + extra * d / 20
-                inside = lines_of(LineString(street.at(along, d)).intersection(self.kerbs))
+                inside = lines_of(LineString(street.at(along, d)).intersection(kerbs.near(street)))
                 middle = shapely.points(street.at(s, 0.0))
                 if inside:
                     line = min(inside, key=lambda part: part.distance(middle))
@@ -198,39 +237,61 @@ class _Draft:
         out, s = [], start
         for gap in street.gaps:
             if side in gap.sides or street.one_way:
-                if gap.start - s > 5:
-                    out.append((s, gap.start))
+                if min(gap.start, stop) - s > 5:
+                    out.append((s, min(gap.start, stop)))
                 s = max(s, gap.stop)
         if stop - s > 5:
             out.append((s, stop))
         return out
 
-    def _emit_lanes(self) -> list[_Piece]:
-        b = self.builder
-        ground = self.total.buffer(-0.02)
-        shapely.prepare(ground)
-        zebra = shapely.union_all([c.buffer(0.4) for c in self.crossings])
-        pieces = []
+    def _plan_pieces(self) -> list[_Piece]:
+        out = []
         for street in self.streets:
             for lane in street.lanes:
                 for start, stop in self._pieces(lane, street):
-                    half = lane.width / 2 - 0.05
-                    area = street.band(start, stop, lane.offset - half, lane.offset + half)
-                    shapes = polygons_of(area.intersection(ground).difference(zebra), 6.0)
-                    if not shapes:
-                        continue
-                    shape = max(shapes, key=lambda p: p.area)
                     path = street.line(start, stop, lane.offset)
-                    path = path if lane.forward else path[::-1]
-                    pieces.append(_Piece(street, lane, path, shapely.simplify(shape, 0.02), start))
+                    out.append(_Piece(street, lane, start, stop, path if lane.forward else path[::-1]))
+        return out
+
+    def _plan_links(self, pieces: list[_Piece]) -> list[tuple[_Piece, _Piece]]:
+        """Which piece of lane leads to which other."""
+        rows: dict[int, list[_Piece]] = {}
         for piece in pieces:
+            rows.setdefault(id(piece.lane), []).append(piece)
+        first: dict[int, _Piece] = {}
+        last: dict[int, _Piece] = {}
+        links: list[tuple[_Piece, _Piece]] = []
+        for row in rows.values():
+            row.sort(key=lambda p: p.start if p.lane.forward else -p.start)
+            first[id(row[0].lane)], last[id(row[0].lane)] = row[0], row[-1]
+            links += list(zip(row, row[1:], strict=False))
+        for junction in self.junctions:
+            for street, end in junction.arms:
+                arriving = [x for x in street.lanes if x.forward == (end == 1) and id(x) in last]
+                arriving.sort(key=lambda x: x.rank)
+                turns = self._turns(junction, street, end, arriving, first)
+                links += [(last[id(lane)], first[id(onto)]) for lane, onto in turns]
+        return links
+
+    def _emit_lanes(self, pieces: list[_Piece]) -> None:
+        b = self.builder
+        ground = _Clips(self.total.buffer(-0.02))
+        zebra = _Clips(shapely.union_all([c.buffer(0.4) for c in self.crossings]))
+        for piece in pieces:
+            half = piece.lane.width / 2 - 0.05
+            area = piece.street.band(piece.start, piece.stop, piece.lane.offset - half, piece.lane.offset + half)
+            area = area.intersection(ground.near(piece.street))
+            shapes = polygons_of(area.difference(zebra.near(piece.street)), 6.0) or polygons_of(area, 0.5)
+            if not shapes:
+                continue
+            shape = shapely.simplify(max(shapes, key=lambda p: p.area), 0.02)
             ends = []
             for point, toward in ((piece.path[0], piece.path[1]), (piece.path[-1], piece.path[-2])):
                 d = (toward - point) / np.linalg.norm(toward - point) * piece.lane.width / 2
                 ends.append(b.line(np.stack([point + [-d[1], d[0]], point - [-d[1], d[0]]])))
             piece.token = b.add(
                 "lane",
-                polygon_token=b.polygon(piece.shape),
+                polygon_token=b.polygon(shape),
                 lane_type="CAR",
                 from_edge_line_token=ends[0],
                 to_edge_line_token=ends[1],
@@ -239,28 +300,21 @@ class _Draft:
             )
             b.tables["arcline_path_3"][piece.token] = arcline_paths(piece.path, 10.0)
             b.tables["connectivity"][piece.token] = {"incoming": [], "outgoing": []}
-        return pieces
 
-    def _emit_connectors(self, pieces: list[_Piece]) -> None:
-        rows: dict[int, list[_Piece]] = {}
-        for piece in pieces:
-            rows.setdefault(id(piece.lane), []).append(piece)
-        first: dict[int, _Piece] = {}
-        last: dict[int, _Piece] = {}
-        for row in rows.values():
-            row.sort(key=lambda p: p.start if p.lane.forward else -p.start)
-            first[id(row[0].lane)], last[id(row[0].lane)] = row[0], row[-1]
-            for before, after in zip(row, row[1:], strict=False):
-                self._connect(before, after)
-        for junction in self.junctions:
-            for street, end in junction.arms:
-                arriving = [x for x in street.lanes if x.forward == (end == 1) and id(x) in last]
-                arriving.sort(key=lambda x: x.rank)
-                links = self._turns(junction, street, end, arriving, first)
-                for lane, onto in links:
-                    self._connect(last[id(lane)], first[id(onto)])
-                if arriving:
-                    self._emit_stop_line(street, end, arriving)
+    def _emit_connectors(self, planned: list[tuple[_Piece, _Piece]]) -> None:
+        b = self.builder
+        links = b.tables["connectivity"]
+        for before, after in planned:
+            if not before.token or not after.token:
+                continue
+            path = turn_path(before.path[-2:], after.path[:2])
+            width = min(before.lane.width, after.lane.width) / 2 - 0.2
+            area = polygons_of(LineString(path).buffer(width, cap_style="flat"))
+            token = b.add("lane_connector", polygon_token=b.polygon(max(area, key=lambda p: p.area)))
+            b.tables["arcline_path_3"][token] = arcline_paths(path, 2.5)
+            links[token] = {"incoming": [before.token], "outgoing": [after.token]}
+            links[before.token]["outgoing"].append(token)
+            links[after.token]["incoming"].append(token)
 
     def _turns(
         self, junction: Junction, street: Street, end: int, arriving: list[Lane], first: dict[int, _Piece]
@@ -290,17 +344,13 @@ class _Draft:
                 links.append((lane, options[-1][min(k, len(options[-1]) - 1)]))
         return links
 
-    def _connect(self, before: _Piece, after: _Piece) -> None:
-        b = self.builder
-        path = turn_path(before.path[-2:], after.path[:2])
-        width = min(before.lane.width, after.lane.width) / 2 - 0.2
-        area = polygons_of(LineString(path).buffer(width, cap_style="flat"))
-        token = b.add("lane_connector", polygon_token=b.polygon(max(area, key=lambda p: p.area)))
-        b.tables["arcline_path_3"][token] = arcline_paths(path, 2.5)
-        links = b.tables["connectivity"]
-        links[token] = {"incoming": [before.token], "outgoing": [after.token]}
-        links[before.token]["outgoing"].append(token)
-        links[after.token]["incoming"].append(token)
+    def _emit_stop_lines(self) -> None:
+        self.local = _Clips(self.total)
+        for junction in self.junctions:
+            for street, end in junction.arms:
+                arriving = [x for x in street.lanes if x.forward == (end == 1)]
+                if arriving:
+                    self._emit_stop_line(street, end, arriving)
 
     def _emit_stop_line(self, street: Street, end: int, lanes: list[Lane]) -> None:
         b = self.builder
@@ -308,7 +358,7 @@ class _Draft:
         low = min(x.offset - x.width / 2 for x in lanes)
         high = max(x.offset + x.width / 2 for x in lanes)
         span = (s - 0.5, s + 0.1) if end == 0 else (s - 0.1, s + 0.5)
-        area = polygons_of(street.band(*span, low, high).intersection(self.total), 0.3)
+        area = polygons_of(street.band(*span, low, high).intersection(self.local.near(street)), 0.3)
         if not area:
             return
         polygon = b.polygon(max(area, key=lambda p: p.area))
@@ -316,7 +366,14 @@ class _Draft:
         if street.rank == ARTERIAL:
             kerb = street.at(s, street.half[LEFT] + 1.0 if end == 1 else -street.half[RIGHT] - 1.0)
             pole = b.line(np.stack([kerb, kerb + [0.3, 0.0]]))
-            pose = {"tx": round(float(kerb[0]), 4), "ty": round(float(kerb[1]), 4), "tz": 3.0, "rx": 0, "ry": 0, "rz": 0}
+            pose = {
+                "tx": round(float(kerb[0]), 4),
+                "ty": round(float(kerb[1]), 4),
+                "tz": 3.0,
+                "rx": 0,
+                "ry": 0,
+                "rz": 0,
+            }
             lights.append(
                 b.add(
                     "traffic_light",
@@ -338,17 +395,20 @@ class _Draft:
 
     def _emit_dividers(self) -> None:
         b = self.builder
-        zebra = shapely.union_all([c.buffer(0.5) for c in self.crossings])
-        ground = self.total.buffer(-0.4)
+        zebra = _Clips(shapely.union_all([c.buffer(0.5) for c in self.crossings]))
+        ground = _Clips(self.total.buffer(-0.4))
         for street in self.streets:
             for table, offset, lane in self._divider_offsets(street):
                 whole = Lane(offset, 0.0, True, 0) if lane is None else lane
                 for start, stop in self._pieces(whole, street):
                     line = LineString(street.line(start, stop, offset))
-                    line = shapely.simplify(line, 0.03).difference(zebra).intersection(ground)
+                    line = shapely.simplify(line, 0.03).difference(zebra.near(street))
+                    line = line.intersection(ground.near(street))
                     for part in lines_of(line, 3.0):
                         token = b.line(shapely.get_coordinates(part))
-                        link = {"lane_divider_segments": []} if table == "lane_divider" else {"road_segment_token": ""}
+                        link: dict[str, Any] = (
+                            {"lane_divider_segments": []} if table == "lane_divider" else {"road_segment_token": ""}
+                        )
                         b.add(table, line_token=token, **link)
 
     def _divider_offsets(self, street: Street) -> list[tuple[str, float, Lane | None]]:
@@ -383,10 +443,12 @@ class _Draft:
                 edges = (inner, inner + width + 0.3) if side == LEFT else (-inner - width - 0.3, -inner)
                 shapes.append(street.band(low, high, *edges))
         shapes += [j.fill.buffer(2.5) for j in self.junctions]
-        taken: BaseGeometry = Polygon()
-        for shape in shapes:
-            free = shape.difference(ground).difference(taken)
-            taken = shapely.union_all([taken, shape])
+        tree = STRtree(shapes)
+        for k, shape in enumerate(shapes):
+            box_near = shape.buffer(2).bounds
+            earlier = [shapes[i] for i in tree.query(shape) if i < k]
+            free = shape.difference(shapely.clip_by_rect(ground, *box_near).buffer(0))
+            free = free.difference(shapely.union_all(earlier))
             for part in polygons_of(shapely.simplify(free.buffer(-0.05), 0.03), 6.0):
                 b.add("walkway", polygon_token=b.polygon(part))
 

@@ -112,13 +112,16 @@ def write_dataset(
     used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
     scenery = {place: make_scenery(cities[place], seed) for place in used}
     frames = sum(len(_moments(s.drive.trajectory, sweeps)) for s in scenes)
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool, tqdm(
-        total=frames, unit="frame", disable=not progress
-    ) as bar:
+    with (
+        ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool,
+        tqdm(total=frames, unit="frame", disable=not progress) as bar,
+    ):
         for scene in scenes:
             place = scene.drive.trajectory.location
             call = render if callable(render) else render[place]
-            traffic = make_traffic(cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density)
+            traffic = make_traffic(
+                cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density
+            )
             writer = _SceneWriter(part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale)
             for _ in writer.write(sweeps, seed, tilt):
                 bar.update()
@@ -221,7 +224,9 @@ class _SceneWriter:
             shots = [t + FIRING_OFFSET_MS[c.name] / 1000 for c in self.cameras]
             poses = [sway.pose(trajectory.at(base + s), s) for s in shots]
             images = self._draw(t, poses, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
-            for camera, calibration, s, pose, image in zip(self.cameras, calibrations, shots, poses, images, strict=True):
+            for camera, calibration, s, pose, image in zip(
+                self.cameras, calibrations, shots, poses, images, strict=True
+            ):
                 stamp, channel = scene.stamp_us(s), camera.name.upper()
                 folder = "samples" if is_key else "sweeps"
                 filename = f"{folder}/{channel}/{scene.logfile}__{channel}__{stamp}.jpg"
@@ -297,7 +302,11 @@ class _Sway:
     """The pitch and roll of a car on its springs: slow, and mostly under a degree."""
 
     def __init__(self, rng: np.random.Generator | None) -> None:
-        self._waves = [] if rng is None else [(rng.normal(0, 0.22, 2), rng.uniform(0.05, 1.1), rng.uniform(0, 7, 2)) for _ in range(4)]
+        self._waves = (
+            []
+            if rng is None
+            else [(rng.normal(0, 0.22, 2), rng.uniform(0.05, 1.1), rng.uniform(0, 7, 2)) for _ in range(4)]
+        )
 
     def pose(self, xyyaw: Array, t: float) -> Array:
         """Return map_from_base for a planar pose at a time (s)."""

@@ -82,7 +82,9 @@ def sample_routes(
     out = []
     for k in range(n):
         rng = np.random.default_rng([seed, k])
-        points, entries = world.graph.trace(rng, int(rng.choice(starts, p=weights / weights.sum())), duration_s * 15 + 60, 0.25)
+        points, entries = world.graph.trace(
+            rng, int(rng.choice(starts, p=weights / weights.sum())), duration_s * 15 + 60, 0.25
+        )
         path = Path(points)
         path = path.shifted(lateral_wander(rng, path, float(rng.normal(0, 0.12)), 0.13))
         begin = float(rng.uniform(0, 20))
@@ -91,7 +93,10 @@ def sample_routes(
             for s in entries
             if rng.random() < 0.28
         ]
-        stops += [Stop(float(rng.uniform(begin, path.length)), float(rng.uniform(1, 6))) for _ in range(rng.poisson(duration_s / 90))]
+        stops += [
+            Stop(float(rng.uniform(begin, path.length)), float(rng.uniform(1, 6)))
+            for _ in range(rng.poisson(duration_s / 90))
+        ]
         if rng.random() < 0.12:
             stops.append(Stop(begin, float(rng.uniform(1, 0.7 * duration_s))))
         times, s = drive_along(
@@ -124,7 +129,10 @@ def second_pass(trajectory: Trajectory, seed: int, city: dict[str, Any] | None =
     path = path.shifted(shift + lateral_wander(rng, path, 0.0, 0.12))
     rate = 1 / float(np.median(np.diff(trajectory.times_s)))
     mean_speed = path.length / trajectory.duration_s
-    stops = [Stop(float(rng.uniform(5, path.length)), float(rng.uniform(1, 6))) for _ in range(rng.poisson(path.length / 250))]
+    stops = [
+        Stop(float(rng.uniform(5, path.length)), float(rng.uniform(1, 6)))
+        for _ in range(rng.poisson(path.length / 250))
+    ]
     cruise = float(np.clip(mean_speed * rng.uniform(0.9, 1.7), 4.0, 14.0))
     times, s = drive_along(path, rng, 4 * trajectory.duration_s + 20, cruise=cruise, stops=stops)
     return _trajectory(

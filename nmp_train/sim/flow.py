@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, ego_middle
 from nmp_train.sim.lanes import World
@@ -15,7 +16,7 @@ from nmp_train.sim.vehicles import Fleet, draw_vehicles
 
 Array = NDArray[np.float64]
 SPACING_M = 0.5
-LOOK_M = np.arange(1.5, 28.0, 2.0)
+LOOK_M = np.arange(1.5, 27.0, 2.5)
 """distances ahead of the front bumper at which a driver looks for something in the way, m"""
 BRAKE = 2.5
 FAR_M = 95.0
@@ -31,16 +32,41 @@ class Flow:
     shown: NDArray[np.bool_]
 
 
-@dataclass
 class _Drivers:
-    way: list[Array] = field(default_factory=list)
-    """[N, 3] x, y, yaw every SPACING_M"""
-    pace: list[Array] = field(default_factory=list)
-    """[N] speed that the bends allow, m/s"""
-    s: list[float] = field(default_factory=list)
-    v: list[float] = field(default_factory=list)
-    wish: list[float] = field(default_factory=list)
-    since: list[int] = field(default_factory=list)
+    """Everyone on the road so far, as arrays: one row each."""
+
+    def __init__(self) -> None:
+        self.way = np.zeros((0, 2, 3))
+        """[A, N, 3] x, y, yaw every SPACING_M, the last one repeated"""
+        self.pace = np.zeros((0, 2))
+        """[A, N] speed that the bends allow, m/s"""
+        self.count = np.zeros(0, np.int64)
+        """[A] points of each way"""
+        self.s = np.zeros(0)
+        self.v = np.zeros(0)
+        self.wish = np.zeros(0)
+        self.since = np.zeros(0, np.int64)
+
+    def add(self, path: Path, speed: float, wish: float, frame: int) -> None:
+        grid = np.arange(0, path.length, SPACING_M)
+        bend = np.abs(np.interp(grid, path.s, path.curvature))
+        longest = max(len(grid), self.way.shape[1])
+        way = np.pad(self.way, ((0, 0), (0, longest - self.way.shape[1]), (0, 0)), mode="edge")
+        mine = np.pad(path.at(grid), ((0, longest - len(grid)), (0, 0)), mode="edge")
+        pace = np.pad(self.pace, ((0, 0), (0, longest - self.pace.shape[1])), mode="edge")
+        slow = np.pad(np.sqrt(2.0 / np.maximum(bend, 0.005)), (0, longest - len(grid)), mode="edge")
+        self.way, self.pace = np.concatenate([way, mine[None]]), np.concatenate([pace, slow[None]])
+        self.count = np.append(self.count, len(grid))
+        self.s, self.v, self.wish = np.append(self.s, 0.0), np.append(self.v, speed), np.append(self.wish, wish)
+        self.since = np.append(self.since, frame)
+
+    def at(self, s: Array) -> Array:
+        """Return the poses [A, ..., 3] at distances [A, ...] along the ways."""
+        x = np.clip(s / SPACING_M, 0, (self.count - 1.001).reshape(-1, *[1] * (s.ndim - 1)))
+        low = x.astype(np.int64)
+        row = np.arange(len(self.s)).reshape(-1, *[1] * (s.ndim - 1))
+        here = self.way[row, low]
+        return np.asarray(here + (x - low)[..., None] * (self.way[row, low + 1] - here))
 
 
 def simulate(
@@ -57,15 +83,17 @@ def simulate(
     ``scripted`` are vehicles (motion [F, L, 3]) that the others see but that do not react.
     """
     frames = len(ego)
-    drivers, fleets = _Drivers(), []
-    starts = _starts(rng, tracks, ego, density)
+    drivers = _Drivers()
+    fleets: list[Fleet] = []
+    # At density 1 about as many vehicles should come near as in nuScenes; some are left out again later.
+    starts = _starts(rng, tracks, 1.5 * density)
     leaders, lead_motion = scripted
     states: list[Array] = []
     middle = ego_middle(ego)
     for f in range(frames):
         if f % max(1, int(2.0 / dt)) == 0:
             _appear(rng, world, tracks, starts, drivers, fleets, ego, f, lead_motion[f], (frames - f) * dt)
-        state = _poses(drivers)
+        state = drivers.at(drivers.s)
         states.append(state)
         if len(state):
             _advance(drivers, Fleet.joined(fleets), state, leaders, lead_motion[f], middle[f:], dt)
@@ -79,13 +107,14 @@ def simulate(
         motion[: drivers.since[a], a] = motion[drivers.since[a], a]
     if count:
         away = np.hypot(*(motion[..., :2] - ego[:, None, :2]).transpose(2, 0, 1))
-        ends = np.array([SPACING_M * (len(w) - 1) for w in drivers.way])
-        travelled = np.concatenate([np.zeros((1, count)), np.cumsum(np.hypot(*np.diff(motion[..., :2], axis=0).transpose(2, 0, 1)), 0)])
+        ends = SPACING_M * (drivers.count - 1)
+        steps = np.hypot(*np.diff(motion[..., :2], axis=0).transpose(2, 0, 1))
+        travelled = np.concatenate([np.zeros((1, count)), np.cumsum(steps, axis=0)])
         shown &= (away < FAR_M) & (travelled < ends - 1.0)
     return Flow(Fleet.joined(fleets), motion, shown)
 
 
-def _starts(rng: np.random.Generator, tracks: list[Track], ego: Array, density: float) -> list[tuple[int, float, float, float]]:
+def _starts(rng: np.random.Generator, tracks: list[Track], density: float) -> list[tuple[int, float, float, float]]:
     """Places where vehicles may appear: (track, distance along it, speed, wished speed), in random order."""
     out = []
     for k, track in enumerate(tracks):
@@ -93,15 +122,15 @@ def _starts(rng: np.random.Generator, tracks: list[Track], ego: Array, density: 
         if track.junction or length < 6:
             continue
         mood = rng.random()
-        if mood < 0.3:  # a queue before the junction
+        if mood < 0.35:  # a queue before the junction
             s, wish = length - float(rng.uniform(3, 5)), 0.0
-            for _ in range(int(rng.integers(1, 6))):
+            for _ in range(int(rng.integers(2, 7))):
                 out.append((k, s, 0.0, wish if rng.random() < 0.8 else 6.0))
-                s -= float(rng.uniform(6.2, 8.5)) / min(density, 1.3)
+                s -= float(rng.uniform(6.2, 8.5)) / min(max(density, 0.3), 1.2)
             free = s - 15
         else:
             free = length - 3
-        gap = (16.0 if mood < 0.6 else 32.0) / max(density, 0.05)
+        gap = (6.0 if mood < 0.6 else 15.0) / max(density, 0.05)
         speed = float(rng.uniform(1, 5) if mood < 0.6 else rng.uniform(5, 11))
         s = float(rng.uniform(0, gap))
         while s < free:
@@ -124,43 +153,28 @@ def _appear(
     seconds: float,
 ) -> None:
     here = ego[frame, :2]
-    others = np.concatenate([_poses(drivers)[:, :2], leaders[:, :2], here[None]])
+    others = np.concatenate([drivers.at(drivers.s)[:, :2], leaders[:, :2], here[None]])
     ahead = ego[frame:, :2]
     for start in list(starts):
         k, s, speed, wish = start
         track = tracks[k]
         at = track.points[min(int(s), len(track.points) - 1)]
         distance = float(np.hypot(*(at - here)))
-        if distance > 75 or (frame > 0 and distance < 55):
+        if distance > 78 or (frame > 0 and distance < 45):
             continue
         starts.remove(start)
-        if np.hypot(*(others - at).T).min() < 6.5 or np.hypot(*(ahead - at).T).min() < 3.0:
+        nose = track.points[min(int(s) + 1, len(track.points) - 1)] - track.points[max(int(s) - 1, 0)]
+        nose = nose / max(float(np.hypot(*nose)), 1e-6)
+        gap = others - at
+        close = (np.abs(gap @ nose) < 7.5) & (np.abs(gap @ [-nose[1], nose[0]]) < 2.4)
+        if close.any() or np.hypot(*(ahead - at).T).min() < 2.6:
             continue
         path = track.path(world, rng, s, seconds * max(wish, 2.0) * 1.2 + 30)
         if path.length < 4:
             continue
-        grid = np.arange(0, path.length, SPACING_M)
-        bend = np.abs(np.interp(grid, path.s, path.curvature))
-        drivers.way.append(path.at(grid))
-        drivers.pace.append(np.sqrt(2.0 / np.maximum(bend, 0.005)))
-        drivers.s.append(0.0)
-        drivers.v.append(speed)
-        drivers.wish.append(wish)
-        drivers.since.append(frame)
+        drivers.add(path, speed, wish, frame)
         fleets.append(draw_vehicles(rng, 1))
         others = np.concatenate([others, at[None]])
-
-
-def _poses(drivers: _Drivers) -> Array:
-    if not drivers.s:
-        return np.zeros((0, 3))
-    return np.stack([_along(way, np.array([s]))[0] for way, s in zip(drivers.way, drivers.s, strict=True)])
-
-
-def _along(way: Array, s: Array) -> Array:
-    x = np.clip(s / SPACING_M, 0, len(way) - 1.001)
-    low = x.astype(np.int64)
-    return np.asarray(way[low] + (x - low)[..., None] * (way[np.minimum(low + 1, len(way) - 1)] - way[low]))
 
 
 def _discs(pose: Array, length: Array, width: Array) -> tuple[Array, Array]:
@@ -174,27 +188,27 @@ def _discs(pose: Array, length: Array, width: Array) -> tuple[Array, Array]:
 def _advance(
     drivers: _Drivers, fleet: Fleet, state: Array, leaders: Fleet, lead: Array, ego_ahead: Array, dt: float
 ) -> None:
-    count = len(state)
-    s, v = np.array(drivers.s), np.array(drivers.v)
-    look = s[:, None] + fleet.size[:, :1] / 2 + LOOK_M
-    seen = np.stack([_along(way, row)[:, :2] for way, row in zip(drivers.way, look, strict=True)])  # [A, D, 2]
+    movers = np.flatnonzero((drivers.wish > 0) & (np.hypot(*(state[:, :2] - ego_ahead[0, :2]).T) < FAR_M))
+    if not len(movers):
+        return
+    v = drivers.v[movers]
+    look = drivers.s[:, None] + fleet.size[:, :1] / 2 + LOOK_M
+    seen = drivers.at(look)[movers][..., :2]  # [A, D, 2]
     # The ego now and where it will be in the next seconds: the others give way to it.
     future = ego_ahead[: int(3.5 / dt) + 1 : max(1, int(0.5 / dt))]
     ego_size = np.broadcast_to([EGO_LENGTH_M, EGO_WIDTH_M], (len(future), 2))
     pose = np.concatenate([state, lead, future])
     size = np.concatenate([fleet.size[:, :2], leaders.size[:, :2], ego_size])
     middles, radius = _discs(pose, size[:, 0], size[:, 1])
-    gap = np.hypot(*(seen[:, :, None, None] - middles[None, None]).transpose(4, 0, 1, 2, 3)).min(axis=-1)  # [A, D, M]
-    touch = gap < (fleet.size[:, 1] / 2 + 0.25)[:, None, None] + radius
-    touch[np.arange(count), :, np.arange(count)] = False
-    speed = np.concatenate([v, np.zeros(len(lead) + len(future))])
-    turn = pose[None, :, 2] - state[:, None, 2]
-    along = np.maximum(speed[None] * np.cos(turn), 0)  # [A, M]
+    gap = cdist(seen.reshape(-1, 2), middles.reshape(-1, 2), "sqeuclidean")
+    gap = gap.reshape(len(movers), len(LOOK_M), len(pose), -1).min(axis=-1)  # [A, D, M]
+    touch = gap < ((fleet.size[movers, 1] / 2 + 0.25)[:, None, None] + radius) ** 2
+    touch[np.arange(len(movers)), :, movers] = False
+    speed = np.concatenate([drivers.v, np.zeros(len(lead) + len(future))])
+    along = np.maximum(speed[None] * np.cos(pose[None, :, 2] - state[movers, None, 2]), 0)  # [A, M]
     room = np.where(touch, LOOK_M[None, :, None] - 2.5, np.inf).min(axis=1)  # [A, M]
     allowed = np.sqrt(along**2 + 2 * BRAKE * np.maximum(room, 0)).min(axis=1)
-    allowed = np.where(np.isfinite(room).any(axis=1), allowed, np.inf)
-    pace = np.array([p[min(int(x / SPACING_M) + 8, len(p) - 1)] for p, x in zip(drivers.pace, s, strict=True)])
-    target = np.minimum(np.minimum(np.array(drivers.wish), pace), allowed)
-    v = np.maximum(v + np.clip(target - v, -5.0 * dt, 1.5 * dt), 0)
-    drivers.v = v.tolist()
-    drivers.s = (s + v * dt).tolist()
+    ahead = np.minimum((drivers.s[movers] / SPACING_M).astype(np.int64) + 8, drivers.count[movers] - 1)
+    target = np.minimum(np.minimum(drivers.wish[movers], drivers.pace[movers, ahead]), allowed)
+    drivers.v[movers] = np.maximum(v + np.clip(target - v, -5.0 * dt, 1.5 * dt), 0)
+    drivers.s[movers] += drivers.v[movers] * dt

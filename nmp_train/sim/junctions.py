@@ -104,8 +104,8 @@ def make_driveways(
                 continue
             base, deep = street.half[side], street.half[side] + 2.7 * street.parking[side] + length
             s4 = np.array([s - width / 2, s + width / 2, s + width / 2 + lean + flare, s - width / 2 + lean - flare])
-            polygon = Polygon(street.at(s4, side * np.array([base - 1.0, base - 1.0, deep, deep])))
-            outer = Polygon(street.at(s4, side * np.array([base + 0.4, base + 0.4, deep + 4, deep + 4])))
+            polygon = Polygon(street.at(s4, float(side) * np.array([base - 1.0, base - 1.0, deep, deep])))
+            outer = Polygon(street.at(s4, float(side) * np.array([base + 0.4, base + 0.4, deep + 4, deep + 4])))
             if polygon.is_valid and not outer.buffer(1.5).difference(own).intersects(others):
                 out.append((s, width, side, polygon))
     return out

@@ -169,7 +169,9 @@ def arcline_points(paths: list[dict[str, Any]], step: float = 1.0) -> Array:
                 arc = np.stack([x + s * np.cos(yaw), y + s * np.sin(yaw)], axis=1)
             else:
                 turned = yaw + s * bend
-                arc = np.stack([x + (np.sin(turned) - np.sin(yaw)) / bend, y - (np.cos(turned) - np.cos(yaw)) / bend], 1)
+                arc = np.stack(
+                    [x + (np.sin(turned) - np.sin(yaw)) / bend, y - (np.cos(turned) - np.cos(yaw)) / bend], 1
+                )
             out.append(arc if not out else arc[1:])
             x, y, yaw = float(arc[-1, 0]), float(arc[-1, 1]), yaw + length * bend
     if not out:

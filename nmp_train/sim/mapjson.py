@@ -35,13 +35,17 @@ LIST_TABLES = (
 
 def polygons_of(geometry: BaseGeometry, min_area: float = 0.0) -> list[Polygon]:
     """Return the polygons of a geometry that are larger than ``min_area`` (m^2)."""
-    return [g for g in shapely.get_parts(geometry, return_index=False) if g.geom_type == "Polygon" and g.area > min_area]
+    return [
+        g for g in shapely.get_parts(geometry, return_index=False) if g.geom_type == "Polygon" and g.area > min_area
+    ]
 
 
 def lines_of(geometry: BaseGeometry, min_length: float = 0.0) -> list[LineString]:
     """Return the line strings of a geometry that are longer than ``min_length`` (m)."""
     return [
-        g for g in shapely.get_parts(geometry, return_index=False) if g.geom_type == "LineString" and g.length > min_length
+        g
+        for g in shapely.get_parts(geometry, return_index=False)
+        if g.geom_type == "LineString" and g.length > min_length
     ]
 
 
@@ -51,7 +55,11 @@ class MapBuilder:
     def __init__(self, name: str, width_m: float, height_m: float) -> None:
         self._name = name
         self._count = 0
-        self.tables: dict[str, Any] = {"version": "1.3", "location": name.split(":")[1], "canvas_edge": [float(width_m), float(height_m)]}
+        self.tables: dict[str, Any] = {
+            "version": "1.3",
+            "location": name.split(":")[1],
+            "canvas_edge": [float(width_m), float(height_m)],
+        }
         self.tables["connectivity"] = {}
         self.tables["arcline_path_3"] = {}
         for table in LIST_TABLES:

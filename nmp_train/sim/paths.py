@@ -107,8 +107,10 @@ def drive_along(
         s += v * dt
         times.append(times[-1] + dt)
         out.append(s)
-    travelled = gaussian_filter1d(np.asarray(out), 0.35 / dt, mode="nearest")
-    return np.asarray(times), np.clip(travelled, start_s, path.length)
+    travelled = _smooth(np.asarray(out)[:, None], 0.35 / dt)[:, 0]
+    inside = travelled <= path.length
+    inside[:2] = True
+    return np.asarray(times)[inside], np.clip(travelled[inside], start_s, path.length)
 
 
 def _brake_before(limit: Array, s: Array, brake: float) -> Array:

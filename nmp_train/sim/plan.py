@@ -70,6 +70,13 @@ def resample(points: Array, step: float) -> Array:
     return shapely.get_coordinates(line.interpolate(np.linspace(0, line.length, max(2, round(line.length / step) + 1))))
 
 
+def min_radius(points: Array) -> float:
+    """Return the radius (m) of the tightest bend of a polyline [N, 2] with about a metre between points."""
+    tangent = gaussian_filter1d(np.gradient(points, axis=0), 2.0, axis=0, mode="nearest")
+    turn = np.abs(np.gradient(np.unwrap(np.arctan2(tangent[:, 1], tangent[:, 0]))))
+    return float(1 / max(turn.max(), 1e-6))
+
+
 def make_plan(rng: np.random.Generator, size_m: float, style: Style) -> Plan:
     """Draw a bent, jittered and thinned grid with a few diagonals, without dead ends inside."""
     margin = min(32.0, 0.10 * size_m)
@@ -93,7 +100,7 @@ def _grid_nodes(
     rng: np.random.Generator, size: float, margin: float, style: Style
 ) -> tuple[dict[tuple[int, int], int], Array]:
     sx, sy = rng.uniform(*style.spacing, size=2)
-    sx, sy = (min(s, (size - 2 * margin) / 1.5) for s in (sx, sy))
+    sx, sy = (min(s, (size - 2 * margin) / 2.4) for s in (sx, sy))
     turn = rng.uniform(-0.45, 0.45)
     shear = rng.uniform(-0.18, 0.18)
     reach = int(size / min(sx, sy)) + 2
@@ -224,10 +231,14 @@ def _merge_bends(streets: list[PlannedStreet]) -> list[PlannedStreet]:
         start = one.a if one.b == bend else one.b
         end = two.b if two.a == bend else two.a
         joined = resample(np.concatenate([head, tail[1:]]), 1.0)
-        smooth = gaussian_filter1d(joined, 9.0, axis=0, mode="nearest")
         # Leave the ends, where junctions are, in place.
         weight = np.clip(np.minimum(np.arange(len(joined)), np.arange(len(joined))[::-1]) / 25.0, 0, 1)[:, None]
-        joined = resample(weight * smooth + (1 - weight) * joined, 1.0)
+        for sigma in (9.0, 13.0, 18.0, 24.0):
+            smooth = gaussian_filter1d(joined, sigma, axis=0, mode="nearest")
+            bend_line = resample(weight * smooth + (1 - weight) * joined, 1.0)
+            if min_radius(bend_line) > 22:
+                break
+        joined = bend_line
         rank = one.rank if len(one.centre) > len(two.centre) else two.rank
         streets = [s for s in streets if s is not one and s is not two] + [PlannedStreet(start, end, joined, rank)]
 

@@ -7,8 +7,11 @@ CPU and training batches on a GPU; on a GPU ``compiled=True`` fuses it into a fe
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,6 +25,8 @@ ROUND_KINDS = (3, 5)  # tree crowns and pedestrians are ellipsoids
 GLASS_KIND, BUILDING_KIND = 1, 2
 FAR_M = 1.0e4
 SHADOW_SIDE, SHADOW_CELL_M = 320, 0.3
+STRIP = 40
+"""columns of an image that are traced together on a CPU, against the solids that they can see"""
 
 
 @dataclass
@@ -150,40 +155,43 @@ def render(
     s = supersample
     k_inverse = torch.linalg.inv(intrinsics.double()).float()
     ray = map_from_camera[..., :3, :3] @ k_inverse  # [B, N, 3, 3]: (u, v, 1) to a direction whose camera depth is 1
-    shadow = _shadow_map(solids, weather)
+    cast = _compiled(_shadow_map) if compiled else _shadow_map
+    shadow = cast(solids.centre, solids.size, solids.yaw, weather.sun)
     u = (torch.arange(width * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
     v = (torch.arange(height * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
-    trace: Callable[..., Tensor] = _compiled_trace() if compiled else _trace
+    trace: Callable[..., Tensor] = _compiled(_trace) if compiled else _trace
     eye = map_from_camera[..., :3, 3]
     origin = (centre - ground.origin[city, :2]).float()  # centre relative to the texture's corner
     texel = ground.origin[city, 2].float()
     table = ground.table[city]
     common = (ground.texels, table, origin, texel, shadow)
     if device.type == "cpu":
-        strips = []
-        strip = 40 * s
-        for sample in range(b):
-            for camera in range(n):
-                columns = []
-                for first in range(0, width * s, strip):
-                    part = u[first : first + strip]
-                    chosen = _visible(solids, sample, ray[sample, camera], eye[sample, camera], part, v)
-                    one = slice(sample, sample + 1)
-                    columns.append(
-                        trace(
-                            *(t if i == 0 else t[one] for i, t in enumerate(common)),
-                            ray[one, camera : camera + 1],
-                            eye[one, camera : camera + 1],
-                            part,
-                            v,
-                            *(getattr(solids, f.name)[one, chosen] for f in fields(solids)),
-                            *(getattr(weather, f.name)[one] for f in fields(weather)),
-                            1.0 / s,
-                            bool(_is_round(solids.kind[sample, chosen]).any()),
-                        )
+
+        def one_camera(sample: int, camera: int) -> Tensor:
+            one = slice(sample, sample + 1)
+            columns = []
+            for part in u.split(STRIP * s):
+                chosen = _visible(solids, sample, ray[sample, camera], eye[sample, camera], part, v)
+                columns.append(
+                    trace(
+                        ground.texels,
+                        *(t[one] for t in common[1:]),
+                        ray[one, camera : camera + 1],
+                        eye[one, camera : camera + 1],
+                        part,
+                        v,
+                        *(getattr(solids, f.name)[one, chosen] for f in fields(solids)),
+                        *(getattr(weather, f.name)[one] for f in fields(weather)),
+                        1.0 / s,
+                        bool(_is_round(solids.kind[sample, chosen]).any()),
                     )
-                strips.append(torch.cat(columns, dim=-1))
-        image = torch.cat(strips).reshape(b, n, 3, height * s, width * s)
+                )
+            return torch.cat(columns, dim=-1)
+
+        # A thread per camera: strips are too small to be worth sharing among threads.
+        jobs = [(sample, camera) for sample in range(b) for camera in range(n)]
+        with _one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            image = torch.cat(list(pool.map(lambda job: one_camera(*job), jobs))).reshape(b, n, 3, height * s, width * s)
     else:
         image = trace(
             *common,
@@ -222,37 +230,28 @@ def _visible(solids: Solids, sample: int, ray: Tensor, eye: Tensor, u: Tensor, v
     return keep.nonzero()[:, 0]
 
 
-def _shadow_map(solids: Solids, weather: Weather) -> Tensor:
+def _shadow_map(centre: Tensor, size: Tensor, yaw: Tensor, sun: Tensor) -> Tensor:
     """Return [B, side, side]: how much of the sun each patch of ground around the centre receives.
 
     A patch lies in shadow when the line from it towards the sun meets a solid; under a solid it is dark in any light.
     """
-    device = solids.centre.device
-    axis = (torch.arange(SHADOW_SIDE, device=device, dtype=torch.float32) + 0.5 - SHADOW_SIDE / 2) * SHADOW_CELL_M
-    x, y = axis[None, None, :], axis[None, :, None]
-    lit = torch.ones(solids.centre.shape[0], SHADOW_SIDE, SHADOW_SIDE, device=device)
-    slope = weather.sun[:, :2] / weather.sun[:, 2:].clamp(min=0.15)
-    near = int(((solids.size[..., 0] > 0) & (solids.centre[..., :2].norm(dim=-1) < 60)).sum(dim=1).max().item())
-    order = torch.where(solids.size[..., 0] > 0, solids.centre[..., :2].norm(dim=-1), FAR_M).argsort(dim=1)
-    for index in range(min(near, 48)):
-        k = order[:, index : index + 1]
-        c, h = (
-            solids.centre.gather(1, k[..., None].expand(-1, -1, 3))[:, 0],
-            solids.size.gather(1, k[..., None].expand(-1, -1, 3))[:, 0] / 2,
-        )
-        yaw = solids.yaw.gather(1, k)
-        cos, sin = yaw.cos()[..., None], yaw.sin()[..., None]
-        top = (c[:, 2] + h[:, 2]).clamp(min=0)[:, None]
-        tip = slope * top * 0.8  # the shadow of the top edge, drawn as a stretched footprint
-        dx, dy = x - c[:, 0, None, None], y - c[:, 1, None, None]
-        # distance of the patch to the segment from the footprint to the shadow's tip, in the solid's axes
-        length2 = (tip**2).sum(dim=1)[:, None, None].clamp(min=1e-3)
-        along = ((-dx * tip[:, 0, None, None] - dy * tip[:, 1, None, None]) / length2).clamp(0, 1)
-        px, py = dx + along * tip[:, 0, None, None], dy + along * tip[:, 1, None, None]
-        inside = ((cos * px + sin * py).abs() < h[:, 0, None, None]) & (
-            (-sin * px + cos * py).abs() < h[:, 1, None, None]
-        )
-        lit = torch.where(inside, torch.where(along < 0.02, 0.15, 0.35) * torch.ones_like(lit), lit)
+    axis = (torch.arange(SHADOW_SIDE, device=centre.device, dtype=torch.float32) + 0.5 - SHADOW_SIDE / 2) * SHADOW_CELL_M
+    per_solid = (slice(None), slice(None), None, None)  # [B, K] to [B, K, 1, 1]
+    half = size / 2
+    top = (centre[..., 2] + half[..., 2]).clamp(min=0)
+    # the shadow of the upper edge, drawn as a footprint that is stretched along the light
+    slope = sun[:, None, :2] / sun[:, None, 2:].clamp(min=0.15)
+    tip_x, tip_y = (slope[..., i] * top * 0.8 for i in range(2))
+    length2 = (tip_x**2 + tip_y**2).clamp(min=1e-3)[per_solid]
+    tip_x, tip_y = tip_x[per_solid], tip_y[per_solid]
+    dx, dy = axis[None, :] - centre[..., 0][per_solid], axis[:, None] - centre[..., 1][per_solid]
+    along = ((-dx * tip_x - dy * tip_y) / length2).clamp(0, 1)
+    px, py = dx + along * tip_x, dy + along * tip_y
+    cos, sin = yaw.cos()[per_solid], yaw.sin()[per_solid]
+    inside = ((cos * px + sin * py).abs() < half[..., 0][per_solid]) & (
+        (-sin * px + cos * py).abs() < half[..., 1][per_solid]
+    )
+    lit = torch.where(inside, torch.where(along < 0.02, 0.15, 0.35), 1.0).amin(dim=1)
     return functional.avg_pool2d(lit[:, None], 3, 1, 1)[:, 0]
 
 
@@ -464,9 +463,20 @@ def _shade_solid(
     return colour.permute(0, 1, 4, 2, 3) * tone[:, :, None], lambert
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let each operation run on the thread that calls it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @functools.cache
-def _compiled_trace() -> Callable[..., Tensor]:
-    return torch.compile(_trace, dynamic=False)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)
 
 
 def solids_from_boxes(

@@ -9,7 +9,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from shapely import STRtree
-from shapely.geometry import LineString, MultiPolygon, Polygon, box
+from shapely.geometry import LinearRing, Polygon, box
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
@@ -20,7 +20,14 @@ from nmp_train.sim.mapjson import polygons_of
 Array = NDArray[np.float64]
 
 _FACADES = np.array(
-    [[0.55, 0.33, 0.27], [0.62, 0.58, 0.52], [0.72, 0.70, 0.66], [0.45, 0.47, 0.50], [0.35, 0.42, 0.48], [0.80, 0.76, 0.66]]
+    [
+        [0.55, 0.33, 0.27],
+        [0.62, 0.58, 0.52],
+        [0.72, 0.70, 0.66],
+        [0.45, 0.47, 0.50],
+        [0.35, 0.42, 0.48],
+        [0.80, 0.76, 0.66],
+    ]
 )
 
 
@@ -33,27 +40,41 @@ def make_scenery(city: dict[str, Any], seed: int, region: BaseGeometry | None = 
     return Boxes.joined([p for p in parts if len(p)])
 
 
-def kerb_lines(surface: BaseGeometry, smooth_m: float = 0.0) -> Iterator[LineString]:
-    """Yield the outlines of a road surface with the road on their left; small islands are left out."""
+class Kerb:
+    """An outline of a road surface with the road on its left, asked by distance along it (m)."""
+
+    def __init__(self, ring: LinearRing) -> None:
+        self.points = shapely.get_coordinates(ring)
+        self.s: Array = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(self.points, axis=0).T))])
+        self.length = float(self.s[-1])
+
+    def at(self, s: Array) -> Array:
+        """Return the points [N, 2] at distances [N]."""
+        return np.stack([np.interp(s, self.s, self.points[:, k]) for k in (0, 1)], axis=-1)
+
+    def beside(self, s: Array, offset: Array | float, span: Array | float = 2.0) -> tuple[Array, Array]:
+        """Return (points [N, 2], headings [N]) at distances ``s``, ``offset`` m to the left.
+
+        The heading is that of the chord of length ``span`` around the point.
+        """
+        half = np.asarray(span) / 2
+        p, q = self.at(s - half), self.at(s + half)
+        heading = np.arctan2(q[:, 1] - p[:, 1], q[:, 0] - p[:, 0])
+        normal = np.stack([-np.sin(heading), np.cos(heading)], axis=1)
+        return (p + q) / 2 + np.asarray(offset).reshape(-1, 1) * normal, heading
+
+
+def kerb_lines(surface: BaseGeometry, smooth_m: float = 0.0) -> Iterator[Kerb]:
+    """Yield the outlines of a road surface; small islands and medians are left out."""
     shape = surface if smooth_m == 0 else surface.buffer(smooth_m, quad_segs=3).buffer(-smooth_m, quad_segs=3)
     for polygon in polygons_of(shape, 50.0):
         oriented = orient(polygon, 1.0)
-        yield LineString(oriented.exterior.coords)
+        yield Kerb(oriented.exterior)
         for ring in oriented.interiors:
             hole = Polygon(ring)
             # Medians and islands are long or small, blocks are neither.
             if hole.area > 600 and hole.area / hole.length > 5:
-                yield LineString(ring.coords)
-
-
-def beside(line: LineString, s: Array, offset: Array | float, span: Array | float = 2.0) -> tuple[Array, Array]:
-    """Return (points [N, 2], headings [N]) at distances ``s`` along a line, ``offset`` m to its left."""
-    half = np.asarray(span) / 2
-    p = shapely.get_coordinates(line.interpolate(np.clip(s - half, 0, line.length)))
-    q = shapely.get_coordinates(line.interpolate(np.clip(s + half, 0, line.length)))
-    heading = np.arctan2(q[:, 1] - p[:, 1], q[:, 0] - p[:, 0])
-    normal = np.stack([-np.sin(heading), np.cos(heading)], axis=1)
-    return (p + q) / 2 + np.asarray(offset).reshape(-1, 1) * normal, heading
+                yield Kerb(ring)
 
 
 def rectangles(xy: Array, yaw: Array, size: Array) -> NDArray[np.object_]:
@@ -67,15 +88,15 @@ def rectangles(xy: Array, yaw: Array, size: Array) -> NDArray[np.object_]:
 
 def _buildings(rng: np.random.Generator, ground: BaseGeometry) -> Boxes:
     xy, yaw, size = [], [], []
-    for line in kerb_lines(ground, 7.0):
+    for kerb in kerb_lines(ground, 7.0):
         s = float(rng.uniform(0, 15))
         tall = float(rng.choice([1.0, 2.2]))
         back = float(rng.uniform(4.5, 8))
-        while s < line.length - 6:
+        while s < kerb.length - 6:
             front, depth = float(rng.uniform(8, 30)), float(rng.uniform(8, 18))
             tall = float(rng.choice([1.0, 2.2])) if rng.random() < 0.2 else tall
             back = float(rng.uniform(4.0, 11)) if rng.random() < 0.3 else back
-            point, heading = beside(line, np.array([s + front / 2]), -(back + depth / 2), front)
+            point, heading = kerb.beside(np.array([s + front / 2]), -(back + depth / 2), front)
             xy.append(point[0])
             yaw.append(heading[0])
             size.append([front, depth, float(rng.uniform(4, 14)) * tall])
@@ -101,8 +122,8 @@ def _along_kerbs(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
     out = []
     near = ground.buffer(0.45, quad_segs=2)
     shapely.prepare(near)
-    for line in kerb_lines(ground, 1.5):
-        trees = _spots(rng, line, near, (7, 14), (20, 90), (5, 60), (0.9, 2.4))
+    for kerb in kerb_lines(ground, 1.5):
+        trees = _spots(rng, kerb, near, (7, 14), (20, 90), (5, 60), (0.9, 2.4))
         n = len(trees)
         if n:
             stem, crown = rng.uniform(1.6, 2.8, n), rng.uniform(2.2, 5.0, n)
@@ -115,18 +136,20 @@ def _along_kerbs(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
             size = np.column_stack([wide, wide, stem])
             bark = np.tile([0.28, 0.22, 0.17], (n, 1))
             out.append(Boxes.scenery(np.column_stack([trees, stem / 2]), size, np.zeros(n), bark, POLE))
-        poles = _spots(rng, line, near, (24, 36), (200, 400), (0, 20), (0.6, 1.0))
+        poles = _spots(rng, kerb, near, (24, 36), (200, 400), (0, 20), (0.6, 1.0))
         n = len(poles)
         if n:
             tall = np.where(rng.random(n) < 0.7, rng.uniform(6, 9, n), rng.uniform(2.2, 3.2, n))
             size = np.column_stack([np.full(n, 0.18), np.full(n, 0.18), tall])
             grey = np.repeat(rng.uniform(0.25, 0.55, (n, 1)), 3, axis=1)
             out.append(Boxes.scenery(np.column_stack([poles, tall / 2]), size, np.zeros(n), grey, POLE))
-        things = _spots(rng, line, near, (2, 16), (10, 40), (20, 120), (0.6, 2.2))
+        things = _spots(rng, kerb, near, (2, 16), (10, 40), (20, 120), (0.6, 2.2))
         n = len(things)
         if n:
             size = np.column_stack([rng.uniform(0.3, 2.0, n), rng.uniform(0.25, 0.6, n), rng.uniform(0.6, 1.2, n)])
-            colours = np.array([[0.85, 0.35, 0.1], [0.75, 0.75, 0.72], [0.2, 0.3, 0.22], [0.7, 0.65, 0.1], [0.3, 0.3, 0.33]])
+            colours = np.array(
+                [[0.85, 0.35, 0.1], [0.75, 0.75, 0.72], [0.2, 0.3, 0.22], [0.7, 0.65, 0.1], [0.3, 0.3, 0.33]]
+            )
             rgb = colours[rng.integers(0, len(colours), n)]
             yaw = rng.uniform(0, np.pi, n)
             out.append(Boxes.scenery(np.column_stack([things, size[:, 2] / 2]), size, yaw, rgb, BARRIER))
@@ -135,8 +158,8 @@ def _along_kerbs(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
 
 def _spots(
     rng: np.random.Generator,
-    line: LineString,
-    near: BaseGeometry | MultiPolygon,
+    kerb: Kerb,
+    near: BaseGeometry,
     spacing: tuple[float, float],
     run: tuple[float, float],
     pause: tuple[float, float],
@@ -144,14 +167,14 @@ def _spots(
 ) -> Array:
     """Points [N, 2] behind a kerb, in runs of an even spacing with pauses between them."""
     s, at = float(rng.uniform(0, 20)), []
-    while s < line.length - 2:
+    while s < kerb.length - 2:
         step, stop = float(rng.uniform(*spacing)), s + float(rng.uniform(*run))
-        while s < min(stop, line.length - 2):
+        while s < min(stop, kerb.length - 2):
             at.append(s)
             s += step * float(rng.uniform(0.85, 1.15))
         s += float(rng.uniform(*pause))
     if not at:
         return np.zeros((0, 2))
     back = float(rng.uniform(*setback)) + rng.normal(0, 0.08, len(at))
-    points, _ = beside(line, np.array(at), -back)
+    points, _ = kerb.beside(np.array(at), -back)
     return points[~shapely.intersects(near, shapely.points(points))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import shapely
@@ -11,13 +11,13 @@ from scipy.ndimage import gaussian_filter1d
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from nmp_train.sim.plan import ARTERIAL, COLLECTOR, PlannedStreet, Style, resample
+from nmp_train.sim.plan import ARTERIAL, COLLECTOR, PlannedStreet, Style, min_radius, resample
 
 Array = NDArray[np.float64]
 LEFT, RIGHT = 1, -1
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One lane of a street, from ``start`` to ``stop`` along the reference line (m), always start < stop."""
 
@@ -44,7 +44,7 @@ class Gap:
     crossing: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Street:
     """A street with its reference line (m, map frame) and everything measured along it."""
 
@@ -124,7 +124,16 @@ class Street:
 
 
 def make_street(rng: np.random.Generator, plan: PlannedStreet, style: Style) -> Street:
-    """Draw the cross section of a planned street."""
+    """Draw the cross section of a planned street: not wider than its bends allow."""
+    radius = min_radius(plan.centre)
+    for rank in range(plan.rank, -1, -1):
+        street = _draw_street(rng, replace(plan, rank=rank), style)
+        if max(street.half.values()) + 4 < radius:
+            break
+    return street
+
+
+def _draw_street(rng: np.random.Generator, plan: PlannedStreet, style: Style) -> Street:
     centre, a, b = plan.centre, plan.a, plan.b
     width = float(rng.uniform(3.0, 3.7))
     forward, backward = _lane_counts(rng, plan.rank)
@@ -169,7 +178,9 @@ def _lane_counts(rng: np.random.Generator, rank: int) -> tuple[int, int]:
     return options[int(rng.choice(len(options), p=odds))]
 
 
-def place_gaps(rng: np.random.Generator, street: Street, driveways: list[tuple[float, float, int]], style: Style) -> None:
+def place_gaps(
+    rng: np.random.Generator, street: Street, driveways: list[tuple[float, float, int]], style: Style
+) -> None:
     """Choose where lanes and dividers are interrupted: at crossings between junctions and at wide driveways.
 
     ``driveways`` are (distance along the street, width, side).

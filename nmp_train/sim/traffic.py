@@ -20,10 +20,10 @@ from shapely.geometry.base import BaseGeometry
 from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, Boxes, ego_middle, nearest, rectangles_touch
 from nmp_train.sim.city import style_of
 from nmp_train.sim.drive import REAR_TO_FRONT_M, Trajectory
-from nmp_train.sim.flow import Flow, simulate
+from nmp_train.sim.flow import simulate
 from nmp_train.sim.lanes import World, world_of
 from nmp_train.sim.paths import Path
-from nmp_train.sim.scenery import beside, kerb_lines, make_scenery, rectangles
+from nmp_train.sim.scenery import kerb_lines, make_scenery, rectangles
 from nmp_train.sim.tracks import ego_path, graph_tracks, parallel_tracks
 from nmp_train.sim.vehicles import Fleet, build, draw_people, draw_vehicles
 
@@ -99,6 +99,9 @@ def make_traffic(
     times = trajectory.times_s[0] + np.arange(count) * STEP_S
     ego = trajectory.at(times)
     ego[:, 2] = np.unwrap(ego[:, 2])
+    if density <= 0:
+        none = np.zeros((count, 0, 3))
+        return Traffic(times, draw_people(rng, 0), none, np.zeros((count, 0), bool), np.zeros(0, bool))
     way, travelled = ego_path(world, ego, 60.0)
     line = LineString(way.points)
     drives_left = style_of(trajectory.location).drives_left
@@ -154,25 +157,25 @@ def _parked(
     runs: list[int] = []
     fleets: list[Fleet] = []
     run = 0
-    for line in kerb_lines(surface):
+    for kerb in kerb_lines(surface):
         s = float(rng.uniform(0, 10))
-        while s < line.length - 5:
+        while s < kerb.length - 5:
             run += 1
-            stop = min(s + float(rng.uniform(12, 70)), line.length - 5)
+            stop = min(s + float(rng.uniform(12, 70)), kerb.length - 5)
             while s < stop:
                 car = draw_vehicles(rng, 1, parked=True)
                 length, width = car.size[0, :2]
                 where = np.array([s + length / 2])
                 if rng.random() < 0.85:
-                    at, heading = beside(line, where, 0.25 + float(rng.uniform(0, 0.25)) + width / 2, length)
+                    at, heading = kerb.beside(where, 0.25 + float(rng.uniform(0, 0.25)) + width / 2, length)
                     if rng.random() < 0.5:
                         heading = heading + np.pi
                     spots.append(np.array([*at[0], heading[0] + rng.normal(0, 0.02)]))
                     fleets.append(car)
                     runs.append(run)
                 s += length + float(rng.uniform(0.7, 2.2))
-            s += float(rng.exponential(12.0 / max(density, 0.05)))
-    if not spots or density <= 0:
+            s += float(rng.exponential(6.0 / max(density, 0.05)))
+    if not spots:
         return draw_vehicles(rng, 0), np.zeros((0, 3))
     fleet, pose = Fleet.joined(fleets), np.array(spots)
     shapes = rectangles(pose[:, :2], pose[:, 2], fleet.size[:, :2])
@@ -202,13 +205,13 @@ def _people(
     near = way.buffer(40)
     shapely.prepare(near)
     tracks = []
-    for line in kerb_lines(surface, 1.5):
-        for _ in range(int(rng.poisson(line.length / 35 * density))):
-            s0, out = float(rng.uniform(0, line.length)), -float(rng.uniform(0.5, 3.2))
+    for kerb in kerb_lines(surface, 1.5):
+        for _ in range(int(rng.poisson(kerb.length / 35 * density))):
+            s0, out = float(rng.uniform(0, kerb.length)), -float(rng.uniform(0.5, 3.2))
             pace = 0.0 if rng.random() < 0.35 else float(rng.normal(0, 1) > 0) * 2 - 1
             pace *= float(rng.uniform(0.8, 1.6))
-            if near.intersects(shapely.points(line.interpolate(s0).coords[0])):
-                at, heading = beside(line, np.mod(s0 + pace * times, line.length), out, 4.0)
+            if near.intersects(shapely.points(kerb.at(np.array(s0)))):
+                at, heading = kerb.beside(np.mod(s0 + pace * times, kerb.length), out, 4.0)
                 at = gaussian_filter1d(at, 3.0, axis=0, mode="nearest")
                 turned = np.unwrap(heading) + (np.pi if pace < 0 else 0.0)
                 tracks.append(np.column_stack([at, gaussian_filter1d(turned, 3.0, mode="nearest")]))

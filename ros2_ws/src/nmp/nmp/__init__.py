@@ -4,4 +4,10 @@ The modules of this package map camera frames to semantic map layers with a pers
 prior. Nothing outside :mod:`nmp.nodes` imports ROS.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# OpenMP threads that spin while they wait make inference many times slower as soon as another process wants a
+# core, and on a robot one always does. The runtime reads this when torch is loaded, so it is set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nmp.errors import NmpError
 from nmp.frame import CLASSES, CameraShot, Frame, LocalMap
-from nmp.geometry import Array, BevGrid, inverse, yaw_of
+from nmp.geometry import Array, BevGrid, flatten_to_plane, inverse
 
 Picture = NDArray[np.uint8]
 Layers = NDArray[np.float32] | NDArray[np.uint8]
@@ -270,24 +270,24 @@ class Panel:
 def film_strip(
     frame: Frame, panels: Sequence[Panel], grid: BevGrid, *, painted: Layers | None = None, camera_width: int = 480
 ) -> Picture:
-    """Show one moment: the six cameras, and beside them the bird's-eye views (prediction, truth, ...) as a column.
+    """Show one moment: the six cameras in two rows, below them the bird's-eye views (prediction, truth, ...) in one.
 
     :param painted: layers to lay over the cameras as well
     """
     gap = 4
     mosaic = camera_mosaic(frame, painted, grid, width=camera_width, gap=gap)
-    height = (mosaic.shape[0] - gap * (len(panels) - 1)) // len(panels)
-    width = round(height * grid.length / grid.width)
+    width = (mosaic.shape[1] - gap * (len(panels) - 1)) // len(panels)
     views = []
     for panel in panels:
-        view = _shrink(layers_picture(panel.layers, grid, panel.evidence), width, height)
+        view = layers_picture(panel.layers, grid, panel.evidence, scale=3)
+        view = _shrink(view, width, round(width * grid.width / grid.length))
         _label(view, panel.title)
         views.append(view)
-    return _beside([mosaic, _below(views, gap)], gap * 2)
+    return _below([mosaic, _beside(views, gap)], gap)
 
 
 def comparison(frame: Frame, sides: Mapping[str, Layers], grid: BevGrid, *, camera_width: int = 320) -> Picture:
-    """Show one moment in columns, one per named set of layers: the bird's-eye view above, the cameras below."""
+    """Show one moment in columns, one per named set of layers: the cameras above, the bird's-eye view below."""
     gap = 4
     columns = []
     for title, layers in sides.items():
@@ -295,7 +295,7 @@ def comparison(frame: Frame, sides: Mapping[str, Layers], grid: BevGrid, *, came
         width = mosaic.shape[1]
         view = _shrink(layers_picture(layers, grid, scale=3), width, round(width * grid.width / grid.length))
         _label(view, title, 16)
-        columns.append(_below([view, mosaic], gap))
+        columns.append(_below([mosaic, view], gap))
     return _beside(columns, 4 * gap)
 
 
@@ -338,28 +338,12 @@ def city_picture(
     resolution = max(resolution, float((high - low).max()) / longest_side)
     width, height = (int(v) for v in np.ceil((high - low) / resolution))
 
-    total = np.zeros((height, width, len(CLASSES)), np.float32)
-    count = np.zeros((height, width), np.float32)
+    sums = np.zeros((height, width, len(CLASSES) + 1), np.float32)  # probabilities, then the number of votes
     for m in maps:
-        c, s = math.cos(yaw_of(m.map_from_base)), math.sin(yaw_of(m.map_from_base))
-        # cell (col, row) -> ego (m) -> map (m) -> pixel; warpAffine speaks of pixel centres, as cells do here
-        ego = np.array([[m.grid.resolution, 0, 0.5 * m.grid.resolution - m.grid.length / 2],
-                        [0, m.grid.resolution, 0.5 * m.grid.resolution - m.grid.width / 2], [0, 0, 1]])  # fmt: skip
-        to_map = np.array([[c, -s, m.map_from_base[0, 3]], [s, c, m.map_from_base[1, 3]], [0, 0, 1]])
-        to_pixel = np.array([[1 / resolution, 0, -low[0] / resolution - 0.5],
-                             [0, -1 / resolution, high[1] / resolution - 0.5], [0, 0, 1]])  # fmt: skip
-        warp = (to_pixel @ to_map @ ego)[:2]
-        known = (m.evidence > 0).astype(np.float32)
-        stacked = np.dstack([*(m.probabilities * known), known]).astype(np.float32)
-        # Averaging down to the picture's resolution first keeps thin lines from flickering away.
-        blur = resolution / m.grid.resolution
-        if blur > 1:
-            stacked = np.asarray(cv2.GaussianBlur(stacked, (0, 0), 0.4 * blur), np.float32)
-        turned = cv2.warpAffine(stacked, warp, (width, height), flags=cv2.INTER_LINEAR)
-        total += turned[..., :-1]
-        count += turned[..., -1]
-
-    mean = np.where(count > 0.05, np.moveaxis(total, -1, 0) / np.maximum(count, 1e-6), np.float32(0.0))
+        _vote(sums, m, float(low[0]), float(high[1]), resolution)
+    count = sums[..., -1]
+    total = np.moveaxis(sums[..., :-1], -1, 0)
+    mean = np.where(count > 0.05, total / np.maximum(count, 1e-6), np.float32(0.0))
     out = _paint(_ground(np.clip(count, 0.0, 1.0)), mean)
 
     scale = max(out.shape[:2])
@@ -369,11 +353,37 @@ def city_picture(
 
 
 def _corners(m: LocalMap) -> Array:
+    """Return the corners of a local map in the map frame, [4, 2] m."""
+    pose = flatten_to_plane(m.map_from_base)
     half = np.array([m.grid.length, m.grid.width]) / 2
-    c, s = math.cos(yaw_of(m.map_from_base)), math.sin(yaw_of(m.map_from_base))
     signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-    out: Array = (signs * half) @ np.array([[c, s], [-s, c]]) + m.map_from_base[:2, 3]
+    out: Array = (signs * half) @ pose[:2, :2].T + pose[:2, 3]
     return out
+
+
+def _vote(sums: NDArray[np.float32], m: LocalMap, west: float, north: float, resolution: float) -> None:
+    """Add a local map to ``sums`` [height, width, classes + 1], whose upper left corner is at west, north (m)."""
+    known = (m.evidence > 0).astype(np.float32)
+    votes = np.dstack([*(m.probabilities * known), known]).astype(np.float32)
+    shrink = resolution / m.grid.resolution
+    if shrink > 1:  # thin lines would flicker away between the pixels
+        votes = np.asarray(cv2.GaussianBlur(votes, (0, 0), 0.4 * shrink), np.float32)
+    # only the part of the picture in which the local map lies
+    corners = _corners(m)
+    left, top = (
+        int(v) - 1 for v in ((corners[:, 0].min() - west) / resolution, (north - corners[:, 1].max()) / resolution)
+    )
+    right, bottom = (
+        int(v) + 2 for v in ((corners[:, 0].max() - west) / resolution, (north - corners[:, 1].min()) / resolution)
+    )
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, sums.shape[1]), min(bottom, sums.shape[0])
+    # cell (col, row) -> ego (m) -> map (m) -> pixel; pixel centres are at whole numbers, as OpenCV has it
+    cell = m.grid.resolution
+    ego = np.array([[cell, 0, (cell - m.grid.length) / 2], [0, cell, (cell - m.grid.width) / 2], [0, 0, 1]])
+    to_map = flatten_to_plane(m.map_from_base)[np.ix_([0, 1, 3], [0, 1, 3])]
+    to_pixel = np.array([[1, 0, -west - (left + 0.5) * resolution], [0, -1, north - (top + 0.5) * resolution]])
+    warp = to_pixel / resolution @ to_map @ ego
+    sums[top:bottom, left:right] += cv2.warpAffine(votes, warp, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
 
 
 def _draw_way(picture: Picture, points: Array, thickness: int) -> None:

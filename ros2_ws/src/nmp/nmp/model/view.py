@@ -39,6 +39,8 @@ class GroundLift(nn.Module):
         :param present: [B, N] 1 where the camera delivered an image, else 0
         :return: [B, C + 4, rows, cols]: features, ego coordinates of the cell (3) and the share of cameras that see it
         """
+        # Half-precision coordinates would be off by a pixel.
+        features = features.float()
         b, n, c, _, _ = features.shape
         rows, cols, _ = self.points.shape
         total = features.new_zeros(b, c, rows, cols)
@@ -49,9 +51,9 @@ class GroundLift(nn.Module):
             depth = uvw[..., 2]
             uv = uvw[..., :2] / depth.clamp(min=NEAR_PLANE_M)[..., None]
             inside = (depth > NEAR_PLANE_M) & ((uv > 0) & (uv < 1)).all(dim=-1)
-            mask = inside[:, None].to(features.dtype) * present[:, camera, None, None, None].to(features.dtype)
-            grid = (2 * uv - 1).clamp(-2, 2).to(features.dtype)
+            mask = inside[:, None].float() * present[:, camera, None, None, None].float()
+            grid = (2 * uv - 1).clamp(-2, 2)
             total = total + mask * functional.grid_sample(features[:, camera], grid, align_corners=False)
             seen = seen + mask
-        where = self.where.to(features.dtype).expand(b, -1, -1, -1)
+        where = self.where.expand(b, -1, -1, -1)
         return torch.cat([total / seen.clamp(min=1), where, seen.clamp(max=1)], dim=1)

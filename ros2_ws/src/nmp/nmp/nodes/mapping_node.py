@@ -263,6 +263,8 @@ class MappingNode(Node):
         now = time.monotonic()
         if now - self._started_s < SILENT_AFTER:
             return []
+        if self._heard and (quiet := now - max(self._heard.values())) > SILENT_AFTER:
+            return [f"any input for {quiet:.0f} s: is the recording over, or the driver down?"]
         out = []
         for topic in topics.required_inputs(self.settings["image_transport"]):
             if topic == topics.LOCATION and self.settings["location"]:

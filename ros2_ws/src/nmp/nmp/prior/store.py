@@ -51,8 +51,8 @@ class TileStore:
     def load(self, keys: Iterable[Key]) -> dict[Key, NDArray[np.uint8]]:
         """Return the planes [channels + 6, 64, 64] of those tiles that are on disk and intact.
 
-        A corrupt tile is reported in the log, put aside and from then on unknown. Raises :class:`NmpError`
-        when a file is there but cannot be read, or a corrupt one cannot be put aside.
+        A corrupt or missing tile is reported in the log and from then on unknown; the corrupt file is put aside.
+        Raises :class:`NmpError` when a file is there but cannot be read, or a corrupt one cannot be put aside.
         """
         pending = {key: self._chunk(key).read() for key in keys if key in self.sizes}
         tiles = {}
@@ -63,6 +63,10 @@ class TileStore:
                 planes = self._load_again(key)
                 if planes is not None:
                     tiles[key] = planes
+        for key in [key for key, planes in tiles.items() if not planes.any()]:
+            # zeros stand for a missing file; a tile that was saved holds at least one time
+            _log.warning("tile %s of the prior has vanished and counts as unknown: %s", key, self.path(key))
+            del self.sizes[key], tiles[key]
         return tiles
 
     def save(self, tiles: Mapping[Key, NDArray[np.uint8]]) -> tuple[dict[Key, int], dict[Key, str]]:
