@@ -127,9 +127,11 @@ def run(args: argparse.Namespace) -> None:
         print(line)
     for d in metrics["drives"]:
         s = metrics["drives"][d]
+        drops = ", ".join(f"{count} {cause}" for cause, count in s.get("drops", {}).items())
         print(
             f"{d.replace('_', ' ')}: {s['recorded']} of {s['keyframes']} keyframes answered, latency median "
             f"{milliseconds(s.get('latency_median_s'))}, 95 % {milliseconds(s.get('latency_p95_s'))}"
+            + (f", dropped: {drops}" if drops else "")
         )
     print(f"{steps.total:.0f} s, at most {metrics['peak_memory_mb'] / 1e3:.1f} GB of memory")
     print(f"\nOpen {args.out / 'report.html'}")

@@ -53,6 +53,7 @@ class FakeMapper:
         self.frames: list[Frame] = []
         self.flushed = self.closed = 0
         self.flush_error: Exception | None = None
+        self.prior_error = ""
         self.threads: set[str] = set()
 
     def update(self, frame: Frame) -> LocalMap:
@@ -275,6 +276,14 @@ def test_slow_mapper_drops_the_oldest(world: Ros, tmp_path: Path) -> None:
     assert rig.drops == {QUEUE_FULL: 12 - answered}
     assert rig.mapper.frames[-1].stamp_ns == FIRST_NS + round(11 / 12 * 1e6) * 1000  # the newest survives
     assert rig.node.statistics.latency(50) < 0.8
+
+
+def test_a_prior_that_cannot_be_saved_is_an_error_while_layers_go_out(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    rig.mapper.prior_error = "cannot write tile 3 of boston-seaport (No space left on device): free some space"
+    rig.play(drive)
+    assert len(rig.mapper.frames) == len(rig.layers["divider"]) == 4
+    assert rig.status(DiagnosticStatus.ERROR, "No space left")
 
 
 def test_silence_names_the_topics(world: Ros) -> None:

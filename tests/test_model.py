@@ -28,7 +28,13 @@ def network() -> BEVNetwork:
 
 def test_backbone_has_torchvisions_parameter_names() -> None:
     names = set(ResNet("resnet50", 4).state_dict())
-    for expected in ("conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer3.5.conv3.weight", "layer4.2.bn2.weight"):
+    for expected in (
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.downsample.1.bias",
+        "layer3.5.conv3.weight",
+        "layer4.2.bn2.weight",
+    ):
         assert expected in names
     with pytest.raises(NmpError, match="resnet19"):
         ResNet("resnet19")

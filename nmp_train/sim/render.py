@@ -191,7 +191,9 @@ def render(
         # A thread per camera: strips are too small to be worth sharing among threads.
         jobs = [(sample, camera) for sample in range(b) for camera in range(n)]
         with _one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            image = torch.cat(list(pool.map(lambda job: one_camera(*job), jobs))).reshape(b, n, 3, height * s, width * s)
+            image = torch.cat(list(pool.map(lambda job: one_camera(*job), jobs))).reshape(
+                b, n, 3, height * s, width * s
+            )
     else:
         image = trace(
             *common,
@@ -235,7 +237,9 @@ def _shadow_map(centre: Tensor, size: Tensor, yaw: Tensor, sun: Tensor) -> Tenso
 
     A patch lies in shadow when the line from it towards the sun meets a solid; under a solid it is dark in any light.
     """
-    axis = (torch.arange(SHADOW_SIDE, device=centre.device, dtype=torch.float32) + 0.5 - SHADOW_SIDE / 2) * SHADOW_CELL_M
+    axis = (
+        torch.arange(SHADOW_SIDE, device=centre.device, dtype=torch.float32) + 0.5 - SHADOW_SIDE / 2
+    ) * SHADOW_CELL_M
     per_solid = (slice(None), slice(None), None, None)  # [B, K] to [B, K, 1, 1]
     half = size / 2
     top = (centre[..., 2] + half[..., 2]).clamp(min=0)

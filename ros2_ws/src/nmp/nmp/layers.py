@@ -20,7 +20,10 @@ from nmp.geometry import BevGrid
 
 def to_occupancy(local_map: LocalMap) -> NDArray[np.int8]:
     """Return int8 [3, rows, cols]: probability in percent (0..100), -1 where nothing was ever seen."""
-    percent = np.rint(local_map.probabilities * 100.0).astype(np.int8)
+    probability = local_map.probabilities
+    percent = np.rint(probability * 100.0).astype(np.int8)
+    # Rounding must not carry a cell over the threshold: more than 50 says present, before and after.
+    percent = np.where(probability > 0.5, np.maximum(percent, 51), np.minimum(percent, 50)).astype(np.int8)
     return np.where(local_map.evidence[None] > 0, percent, np.int8(-1))
 
 

@@ -5,6 +5,7 @@ The same class runs under the ROS node, in bag replay and in the trainer's evalu
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -22,6 +23,8 @@ from nmp.model import fusion
 from nmp.model.preprocess import network_input
 from nmp.model.weights import load_network
 from nmp.prior import CityPrior, PriorSpec, Window
+
+log = logging.getLogger(__name__)
 
 
 def default_prior_dir() -> Path:
@@ -56,6 +59,8 @@ class OnlineMapper:
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
         self._spec = PriorSpec(self.config.prior_channels, self.config.prior_cell, self.fingerprint)
+        self.prior_error = ""
+        """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
         self._cities: dict[str, CityPrior] = {}
         # one block of cells that holds the BEV region at any heading
         diagonal = math.hypot(self.config.bev_length, self.config.bev_width)
@@ -120,13 +125,19 @@ class OnlineMapper:
         new_latent, new_evidence = fusion.update(
             latent, evidence, turned[:, :-1], turned[:, -1:], self.config.evidence_cap
         )
-        city.write(
-            window,
-            _quantize(new_latent[0], fusion.LATENT_SCALE, -127, 127).astype(np.int8),
-            _quantize(new_evidence[0, 0], fusion.EVIDENCE_SCALE, 0, 65535).astype(np.uint16),
-            frame.stamp_ns,
-            changed=(turned[0, -1] > 0).numpy(),
-        )
+        try:
+            city.write(
+                window,
+                _quantize(new_latent[0], fusion.LATENT_SCALE, -127, 127).astype(np.int8),
+                _quantize(new_evidence[0, 0], fusion.EVIDENCE_SCALE, 0, 65535).astype(np.uint16),
+                frame.stamp_ns,
+                changed=(turned[0, -1] > 0).numpy(),
+            )
+            self.prior_error = ""
+        except NmpError as error:
+            # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
+            self.prior_error = str(error)
+            log.error("%s", error)
         # Everything inside the region is observed now, so every published cell has evidence.
         known = ego_evidence[0, 0] + weight[0, 0]
         step = round(self.config.feature_resolution / self.config.layer_resolution)

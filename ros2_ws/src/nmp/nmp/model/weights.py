@@ -55,9 +55,7 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
     sidecar = path.with_suffix(".json")
     for needed in (path, sidecar):
         if not needed.is_file():
-            raise NmpError(
-                f"weights file {needed} is missing: give a .safetensors file with its .json beside it"
-            )
+            raise NmpError(f"weights file {needed} is missing: give a .safetensors file with its .json beside it")
     try:
         description = json.loads(sidecar.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

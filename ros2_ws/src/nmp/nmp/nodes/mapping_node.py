@@ -49,6 +49,8 @@ REFUSED, INTERNAL, QUEUE_FULL = "refused by the mapper", "internal error", "queu
 class Mapper(Protocol):
     """What the node needs of :class:`nmp.mapper.OnlineMapper`."""
 
+    prior_error: str
+
     def update(self, frame: Frame) -> LocalMap: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
@@ -292,6 +294,8 @@ class MappingNode(Node):
         status.level, status.message = DiagnosticStatus.OK, f"{answered} frames in the last second"
         if self._failing or (worst and not answered):
             status.level, status.message = DiagnosticStatus.ERROR, self._failing or f"{worst}: {errors[worst]}"
+        elif self.mapper.prior_error:
+            status.level, status.message = DiagnosticStatus.ERROR, self.mapper.prior_error
         elif silent:
             status.level, status.message = DiagnosticStatus.WARN, f"nothing comes from {', '.join(silent)}"
         elif worst:

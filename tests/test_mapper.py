@@ -1,0 +1,185 @@
+"""The online mapper: what it remembers, what it refuses, and that it repeats itself to the bit."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bag_fixtures import bag_messages, feed, jpeg, make_bag
+
+from nmp.assembly import FrameAssembler
+from nmp.errors import NmpError
+from nmp.frame import Frame
+from nmp.mapper import OnlineMapper
+from nmp.model import BEVNetwork, NetworkConfig, save_network
+from nmp.model.weights import DEFAULT_WEIGHTS
+from nmp.prior import CityPrior
+
+CONFIG = NetworkConfig(
+    backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4
+)
+
+
+def _write_weights(path: Path, seed: int, config: NetworkConfig = CONFIG) -> Path:
+    torch.manual_seed(seed)
+    network = BEVNetwork(config)
+    torch.nn.init.normal_(network.decoder.prior_out.weight, std=0.1)  # an open door for the prior
+    save_network(network, path, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write_weights(tmp_path_factory.mktemp("weights") / "one.safetensors", 0)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> list[Frame]:
+    bag = make_bag(tmp_path_factory.mktemp("bag"), frames=4)
+    return list(feed(FrameAssembler(), bag_messages(bag)))
+
+
+def _run(weights: Path, prior: Path, frames: list[Frame]) -> list[np.ndarray]:
+    with OnlineMapper(weights, prior) as mapper:
+        return [mapper.update(f).probabilities for f in frames]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """The stored tiles."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and "c" in p.parts
+    }
+
+
+def test_layers_have_the_promised_form(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        out = mapper.update(frames[0])
+    assert out.probabilities.shape == (3, 200, 400) and out.probabilities.dtype == np.float32
+    assert (out.probabilities >= 0).all() and (out.probabilities <= 1).all()
+    assert out.evidence.shape == (200, 400) and (out.evidence > 0).all()
+    assert (out.stamp_ns, out.location) == (frames[0].stamp_ns, frames[0].location)
+    np.testing.assert_array_equal(out.map_from_base, frames[0].map_from_base)
+
+
+def test_an_empty_prior_gives_the_layers_of_no_prior(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path / "prior") as mapper, OnlineMapper(weights, use_prior=False) as single:
+        np.testing.assert_array_equal(mapper.update(frames[0]).probabilities, single.update(frames[0]).probabilities)
+        known = mapper.update(frames[1]).probabilities
+        assert np.abs(known - single.update(frames[1]).probabilities).max() > 1e-3
+
+
+def test_two_runs_are_the_same_to_the_bit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    one, two = (_run(weights, tmp_path / name, frames) for name in ("a", "b"))
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b") != {}
+
+
+def test_a_restart_continues_from_the_stored_prior(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    unbroken = _run(weights, tmp_path / "a", frames)
+    broken = _run(weights, tmp_path / "b", frames[:2]) + _run(weights, tmp_path / "b", frames[2:])
+    for first, second in zip(unbroken, broken, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
+
+
+def test_evidence_grows_with_every_visit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        means = [float(mapper.update(frames[0]).evidence.mean()) for _ in range(4)]
+    assert means == sorted(means) and means[3] > 2 * means[0]
+
+
+def test_without_prior_nothing_is_written(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path / "prior", use_prior=False) as mapper:
+        mapper.update(frames[0])
+    assert not (tmp_path / "prior").exists()
+
+
+def _without_camera(frame: Frame) -> Frame:
+    return dataclasses.replace(frame, shots=tuple(s for s in frame.shots if s.camera.name != "cam_back"))
+
+
+def _with_image(frame: Frame, image: object) -> Frame:
+    changed = [dataclasses.replace(s, image=image) if s.camera.name == "cam_back" else s for s in frame.shots]
+    return dataclasses.replace(frame, shots=tuple(changed))
+
+
+def _with_nan(frame: Frame) -> Frame:
+    pose = frame.map_from_base.copy()
+    pose[0, 3] = math.nan
+    return dataclasses.replace(frame, map_from_base=pose)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without_camera, "no image of cam_back"),
+        (lambda f: _with_image(f, jpeg(width=80, height=45)), "cam_back: image is 80 x 45, camera_info says 160 x 90"),
+        (lambda f: _with_image(f, np.zeros((45, 80, 3), np.uint8)), "cam_back: image is 80 x 45"),
+        (lambda f: _with_image(f, b"not a picture"), "cam_back: image data cannot be decoded"),
+        (lambda f: _with_image(f, jpeg()[:300]), "cam_back: image data cannot be decoded"),
+        (_with_nan, "pose is not finite"),
+        (lambda f: dataclasses.replace(f, location=""), "names no location"),
+    ],
+)
+def test_bad_frames_are_refused_and_nothing_stored_changes(
+    spoil: object, message: str, weights: Path, frames: list[Frame], tmp_path: Path
+) -> None:
+    _run(weights, tmp_path, frames[:1])
+    before = _bytes(tmp_path)
+    with OnlineMapper(weights, tmp_path) as mapper:
+        with pytest.raises(NmpError, match=message):
+            mapper.update(spoil(frames[1]))  # type: ignore[operator]
+    assert _bytes(tmp_path) == before
+    with OnlineMapper(weights, tmp_path) as mapper:  # and it goes on
+        mapper.update(frames[1])
+    assert _bytes(tmp_path) != before
+
+
+def test_a_prior_of_another_model_is_refused_and_unharmed(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    prior = tmp_path / "prior"
+    _run(weights, prior, frames[:1])
+    before = _bytes(prior)
+    other = _write_weights(tmp_path / "other.safetensors", 1)
+    with pytest.raises(NmpError, match="another") as caught:
+        OnlineMapper(other, prior)
+    assert frames[0].location in str(caught.value) and "\n" not in str(caught.value)
+    assert _bytes(prior) == before
+    wider = _write_weights(tmp_path / "wide.safetensors", 0, dataclasses.replace(CONFIG, prior_channels=8))
+    with pytest.raises(NmpError):
+        OnlineMapper(wider, prior)
+    assert _bytes(prior) == before
+
+
+def test_weights_that_are_damaged_do_not_reach_the_prior(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        with torch.no_grad():
+            mapper.network.decoder.out.bias.fill_(math.nan)
+        with pytest.raises(NmpError, match="not finite"):
+            mapper.update(frames[0])
+    assert _bytes(tmp_path) == {}
+
+
+def test_a_failing_disk_does_not_stop_the_layers(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+
+        def full(*_: object, **__: object) -> None:
+            raise NmpError("cannot write tile (No space left on device): free some space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CityPrior, "write", full)
+            assert mapper.update(frames[0]).probabilities.shape == (3, 200, 400)
+            assert "No space left" in mapper.prior_error
+        mapper.update(frames[1])
+        assert mapper.prior_error == ""
+
+
+def test_the_shipped_weights_are_the_default(frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(None, tmp_path) as mapper:
+        out = mapper.update(frames[0])
+    assert out.probabilities.shape == (3, 200, 400)
+    assert DEFAULT_WEIGHTS.stat().st_size < 16 * 2**20
