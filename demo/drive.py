@@ -26,10 +26,7 @@ QUIET_S = 15.0
 
 def environment() -> dict[str, str]:
     """Return the environment of the nodes: on this machine only, and apart from every other ROS on it."""
-    return {
-        # Threads that spin while they wait take the cores from the other processes (see nmp/replay.py).
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **os.environ,
+    return os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),

@@ -6,7 +6,6 @@ Same bag, same prior, same weights: the same bytes out, whatever the machine's l
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -195,9 +194,6 @@ def run(args: argparse.Namespace) -> None:
         raise NmpError(f"{args.out} already holds layers: remove them or choose another --out")
     BagReader(args.bag)  # a wrong path shows before the network is loaded
 
-    # Threads that spin while they wait starve each other on a busy machine: five times slower beside one other process.
-    # Read when torch is loaded, hence here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from nmp.mapper import OnlineMapper

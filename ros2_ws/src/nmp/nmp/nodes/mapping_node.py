@@ -143,7 +143,7 @@ class MappingNode(Node):
         declare("use_prior", True, "False: the network alone, nothing is remembered.")
         declare("max_camera_spread", 0.1, "Longest time, s, between the first and last image of a frame.", 1e-3, 10.0)
         declare("max_pose_age", 0.2, "Longest time, s, between an image and the poses around it.", 1e-3, 10.0)
-        declare("queue_size", 4, "Frames that may wait for the network; when full, the oldest is dropped.", 1, 1000)
+        declare("queue_size", 2, "Frames that may wait for the network; when full, the oldest is dropped.", 1, 1000)
         declare("flush_interval", 2.0, "Longest time, s, that a change of the prior stays in memory.", 0.1, 3600.0)
         declare("image_transport", "compressed", "Images to subscribe to: compressed or raw.")
         declare("pose_type", "odometry", "Message of the topic 'odom': odometry or pose_with_covariance.")
