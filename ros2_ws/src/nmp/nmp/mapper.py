@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmp.errors import NmpError
-from nmp.frame import Frame, LocalMap
+from nmp.frame import CAMERAS, Frame, LocalMap
 from nmp.geometry import BevGrid, yaw_of
 from nmp.model import fusion
 from nmp.model.preprocess import network_input
@@ -69,6 +69,19 @@ class OnlineMapper:
             # A foreign prior is refused before the first frame, not after the drive has begun.
             for found in sorted(p.name for p in self.prior_dir.iterdir() if p.is_dir()):
                 CityPrior.open(self.prior_dir, found, self._spec, read_only=True).close()
+
+        self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run the network once on nothing: the first call prepares its kernels, and no frame should wait for that."""
+        height, width = self.config.input_height, self.config.input_width
+        cameras = len(CAMERAS)
+        images = torch.zeros(1, cameras, 3, height, width, dtype=torch.uint8)
+        bev = self.network.encode(images, torch.zeros(1, cameras, 3, 4), torch.ones(1, cameras))
+        nothing = torch.zeros(1, self.config.prior_channels + 1, *self.config.feature_grid.shape)
+        self.network.decode(bev, nothing[:, :-1], nothing[:, -1:])
+        self.network.observe(bev)
 
     @property
     def grid(self) -> BevGrid:
