@@ -12,8 +12,23 @@ from nmp.errors import NmpError
 
 
 def _sim(arguments: argparse.Namespace) -> None:
-    from nmp_train.sim.make import make_dataset
+    from nmp_train.sim.make import make_dataset, make_from_maps
 
+    if bool(arguments.maps) != bool(arguments.trajectories):
+        raise NmpError("--maps and --trajectories go together: a map folder and the drives through it")
+    if arguments.maps:
+        make_from_maps(
+            arguments.out,
+            arguments.maps,
+            arguments.trajectories,
+            scenes=arguments.scenes,
+            seed=arguments.seed,
+            version=arguments.version,
+            render_scale=arguments.render_scale,
+            sweeps=arguments.sweeps,
+            weather=arguments.weather or "mixed",
+        )
+        return
     make_dataset(
         arguments.out,
         seed=arguments.seed,
@@ -24,7 +39,7 @@ def _sim(arguments: argparse.Namespace) -> None:
         version=arguments.version,
         render_scale=arguments.render_scale,
         sweeps=arguments.sweeps,
-        weather=arguments.weather,
+        weather=arguments.weather or "day",
     )
 
 
@@ -46,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     sim.add_argument("--seed", type=int, default=0, help="the same seed gives the same data set (default 0)")
     sim.add_argument("--routes", type=int, default=1, help="number of routes (default 1)")
     sim.add_argument("--passes", type=int, default=2, help="drives of every route, each on another day (default 2)")
-    sim.add_argument("--weather", choices=("day", "rain", "night"), default="day")
+    sim.add_argument("--maps", type=Path, help="use the maps below this folder (maps/expansion/*.json) instead")
+    sim.add_argument("--trajectories", type=Path, help="drives through --maps: a folder of scenes, or one list file")
+    sim.add_argument("--scenes", type=int, default=0, help="how many of --trajectories, drawn by seed (default all)")
+    sim.add_argument(
+        "--weather", choices=("day", "rain", "night", "night rain", "mixed"), help="(default day, with --maps mixed)"
+    )
     sim.add_argument("--duration", type=float, default=20.0, help="length of a scene, s (default 20)")
     sim.add_argument("--size", type=float, default=420.0, help="edge of the city, m (default 420)")
     sim.add_argument("--render-scale", type=float, default=0.4, help="resolution of the ray caster (default 0.4)")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -54,6 +55,8 @@ class Drive:
     """n008 or n015; empty: the one that drove in this city"""
     name: str = ""
     """scene name; empty: numbered"""
+    render: RenderCall | None = None
+    """draws this drive instead of the data set's own call"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def write_dataset(
     cities: Mapping[str, dict[str, Any]],
     *,
     version: str = "v1.0-mini",
-    render: RenderCall | Mapping[str, RenderCall],
+    render: RenderCall | Mapping[str, RenderCall] = MappingProxyType({}),
     image_size: tuple[int, int] = (1600, 900),
     sweeps: bool = False,
     seed: int = 0,
@@ -88,10 +91,10 @@ def write_dataset(
 ) -> Path:
     """Write ``drives`` through ``cities`` (map dictionaries by location) as the data root ``out``.
 
-    ``render`` is one call, or one per location. Images have ``image_size`` (width, height); they are rendered at
-    ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples are written
-    too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name only
-    when it is complete.
+    ``render`` is one call, or one per location; a drive may bring its own. Images have ``image_size`` (width, height);
+    they are rendered at ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples
+    are written too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name
+    only when it is complete.
     """
     out = Path(out)
     if out.exists():
@@ -118,7 +121,7 @@ def write_dataset(
     ):
         for scene in scenes:
             place = scene.drive.trajectory.location
-            call = render if callable(render) else render[place]
+            call = scene.drive.render or (render if callable(render) else render[place])
             traffic = make_traffic(
                 cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density
             )

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from shapely.geometry import Point
 
 from nmp.citymap import CityMap
+from nmp.errors import NmpError
 from nmp.frame import LOCATIONS
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import SEEDS_PER_DRIVE, Drive, RenderCall, write_dataset
-from nmp_train.sim.drive import sample_routes, second_pass
+from nmp_train.sim.drive import Trajectory, load_trajectories, sample_routes, second_pass
 from nmp_train.sim.render import Ground, Weather, render, solids_from_boxes
 from nmp_train.sim.surface import city_bounds, paint_surface
 from nmp_train.sim.traffic import Boxes
 
 MAX_SOLIDS = 80
+VIEW_M = 120.0
+"""ground is painted this far around a drive"""
+OFF_ROAD_M = 25.0
+"""a trajectory may be this far from any road: car parks and drives are not always mapped"""
 DEMO_SEED = 75
 
 
@@ -81,7 +90,11 @@ def make_dataset(
         trajectories += [second_pass(t, seed + 1000 * again + i, tables) for i, t in enumerate(first)]
     city = CityMap.from_tables(tables, location)
     ground = Ground.of([paint_surface(city, city_bounds(city), seed + 3)])
-    drives = [Drive(t, weather=weather, name=f"scene-{i + 1:04d}") for i, t in enumerate(trajectories)]
+    rng = np.random.default_rng(seed + 4)
+    drives = [
+        Drive(t, weather=_draw_weather(rng) if weather == "mixed" else weather, name=f"scene-{i + 1:04d}")
+        for i, t in enumerate(trajectories)
+    ]
     return write_dataset(
         out,
         drives,
@@ -92,6 +105,73 @@ def make_dataset(
         seed=seed,
         render_scale=render_scale,
     )
+
+
+def make_from_maps(
+    out: Path,
+    maps: Path,
+    trajectories: Path,
+    *,
+    scenes: int,
+    seed: int,
+    version: str = "v1.0-mini",
+    render_scale: float = 0.4,
+    sweeps: bool = False,
+    weather: str = "mixed",
+) -> Path:
+    """Write a nuScenes data set of recorded drives through existing maps.
+
+    :param maps: folder with ``maps/expansion/<location>.json`` (v1.3)
+    :param trajectories: folder of scene files or one list file, see :func:`load_trajectories`
+    :param scenes: how many of them, drawn with ``seed``; 0 takes all
+    """
+    drives = load_trajectories(trajectories)
+    rng = np.random.default_rng(seed)
+    if scenes > len(drives):
+        raise NmpError(f"{trajectories} holds {len(drives)} trajectories: ask for {len(drives)} scenes or fewer")
+    if scenes:
+        drives = [drives[i] for i in sorted(rng.choice(len(drives), scenes, replace=False))]
+    tables = {place: load_tables(maps, place) for place in sorted({d.location for d in drives})}
+    cities = {place: CityMap.from_tables(t, place, repair=True) for place, t in tables.items()}
+    for drive in drives:
+        _check_on_map(drive, cities[drive.location])
+    words = [_draw_weather(rng) if weather == "mixed" else weather for _ in drives]
+
+    @functools.lru_cache(maxsize=1)
+    def renderer(number: int) -> RenderCall:
+        drive = drives[number]
+        xy = drive.poses_xyyaw[:, :2]
+        low, high = xy.min(axis=0) - VIEW_M, xy.max(axis=0) + VIEW_M
+        bounds = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+        wider = (bounds[0] - 10, bounds[1] - 10, bounds[2] + 10, bounds[3] + 10)  # its cut edges stay out of sight
+        return make_renderer(Ground.of([paint_surface(cities[drive.location].within(wider), bounds, seed)]), seed)
+
+    wanted = [
+        Drive(d, weather=w, name=d.name, render=lambda *a, number=i, **k: renderer(number)(*a, **k))
+        for i, (d, w) in enumerate(zip(drives, words, strict=True))
+    ]
+    return write_dataset(out, wanted, tables, version=version, sweeps=sweeps, seed=seed, render_scale=render_scale)
+
+
+def load_tables(dataroot: Path, location: str) -> dict[str, Any]:
+    """Return the dictionary of one map expansion, after :class:`CityMap` has checked that it can be read."""
+    CityMap.load(dataroot, location)
+    tables: dict[str, Any] = json.loads((Path(dataroot) / "maps" / "expansion" / f"{location}.json").read_text())
+    return {**tables, "location": location}
+
+
+def _check_on_map(drive: Trajectory, city: CityMap) -> None:
+    for x, y, _ in drive.poses_xyyaw[::5]:
+        around = Point(x, y).buffer(OFF_ROAD_M)
+        if not city.road_segments.near(around) and not city.lanes.near(around):
+            raise NmpError(
+                f"trajectory {drive.name or drive.date} leaves the map of {drive.location} at x = {x:.1f}, "
+                f"y = {y:.1f} m: use the map that it was recorded in, or cut the trajectory"
+            )
+
+
+def _draw_weather(rng: np.random.Generator) -> str:
+    return str(rng.choice(["day", "rain", "night"], p=[0.7, 0.2, 0.1]))
 
 
 def make_demo_dataset(out: Path, seed: int = DEMO_SEED) -> Path:

@@ -52,16 +52,18 @@ class Weather:
 
     @classmethod
     def sample(cls, count: int, generator: torch.Generator, kind: str | None = None) -> Weather:
-        """Draw conditions: ``kind`` is day, rain or night; None mixes them about 70 : 20 : 10 as nuScenes does."""
+        """Draw conditions.
+
+        ``kind`` holds the words rain, night, both or neither (day); None mixes them about 70 : 20 : 10, like nuScenes.
+        """
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(count, generator=generator)
 
         draw = torch.rand(count, generator=generator)
-        shares = {"day": draw < 0.7, "rain": (draw >= 0.7) & (draw < 0.9), "night": draw >= 0.9}
+        rain, night = (draw >= 0.7) & (draw < 0.9), draw >= 0.9
         if kind is not None:
-            shares = {name: torch.full((count,), name == kind) for name in shares}
-        rain, night = shares["rain"], shares["night"]
+            rain, night = (torch.full((count,), word in kind) for word in ("rain", "night"))
         azimuth, height = uniform(0, 6.2832), uniform(0.3, 1.2)
         sun = torch.stack([azimuth.cos() * height.cos(), azimuth.sin() * height.cos(), height.sin()], dim=-1)
         overcast = (torch.rand(count, generator=generator) < 0.35) | rain
@@ -346,7 +348,7 @@ def _trace(
     sky_tint = torch.tensor([0.85, 0.93, 1.0], device=u.device).view(1, 1, 3, 1, 1)
     deep = torch.tensor([0.45, 0.62, 0.95], device=u.device).view(1, 1, 3, 1, 1)
     blue = (up * 2).clamp(max=1)[:, :, None] * (sunlight > 0.3).float().view(-1, 1, 1, 1, 1)
-    sky = sky_light[:, :, None] * (sky_tint * (1 - blue) + deep * blue)
+    sky = sky_light[:, :, None] * (sky_tint * (1 - blue) + deep * blue) * (1 - 0.8 * lamp[:, :, None])
     mirror = wet.view(per_sample) * (1 + dz / length).clamp(0, 1) ** 4 * 0.8
     colour_ground = (
         colour_ground * (1 - mirror[:, :, None]) * (1 - 0.35 * wet.view(-1, 1, 1, 1, 1)) + sky * mirror[:, :, None]
@@ -377,7 +379,8 @@ def _trace(
     air = torch.exp(-distance * haze.view(per_sample))
     nothing = ~solid & ~down
     air = torch.where(nothing, one, air)
-    colour = colour * air[:, :, None] + sky_light[:, :, None] * sky_tint * (1 - air[:, :, None])
+    veil = sky_light[:, :, None] * sky_tint * (1 - 0.8 * lamp[:, :, None])
+    colour = colour * air[:, :, None] + veil * (1 - air[:, :, None])
     exposed = colour * exposure.view(-1, 1, 1, 1, 1)
     return (exposed / (1 + 0.25 * exposed)).clamp(0, 1) ** 0.6  # soft shoulder and display gamma
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from shapely import STRtree
-from shapely.geometry import LineString, Polygon
+from shapely.geometry import LineString, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from nmp.errors import NmpError
@@ -56,6 +56,17 @@ class CityMap:
     walkways: IndexedGeometries
     """polygons: walkway (pavements); drawn by the simulator only"""
 
+    def within(self, bounds: tuple[float, float, float, float]) -> CityMap:
+        """Return the part of the map inside ``bounds`` (x0, y0, x1, y1, m), cut at its edges."""
+        region = box(*bounds)
+
+        def cut(layer: IndexedGeometries) -> IndexedGeometries:
+            pieces = [geometry.intersection(region) for geometry in layer.near(region)]
+            return IndexedGeometries.of([part for piece in pieces for part in _simple_parts(piece)])
+
+        layers = {f.name: cut(getattr(self, f.name)) for f in fields(self) if f.name != "location"}
+        return CityMap(location=self.location, **layers)
+
     @classmethod
     def load(cls, dataroot: Path, location: str) -> CityMap:
         """Read ``maps/expansion/<location>.json`` below a nuScenes data root."""
@@ -71,14 +82,17 @@ class CityMap:
             raise NmpError(f"{path} is not valid JSON ({error}): unpack the map expansion again") from error
         try:
             return cls.from_tables(tables, location)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise NmpError(
                 f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack it again"
             ) from error
 
     @classmethod
-    def from_tables(cls, tables: Mapping[str, Any], location: str) -> CityMap:
-        """Build from the dictionary of a map-expansion file."""
+    def from_tables(cls, tables: Mapping[str, Any], location: str, *, repair: bool = False) -> CityMap:
+        """Build from the dictionary of a map-expansion file.
+
+        :param repair: mend self-crossing polygons instead of leaving them out; not for scoring
+        """
         nodes = {n["token"]: (n["x"], n["y"]) for n in tables["node"]}
         lines = {r["token"]: [nodes[t] for t in r["node_tokens"]] for r in tables["line"]}
         polygons = {r["token"]: r for r in tables["polygon"]}
@@ -98,6 +112,8 @@ class CityMap:
             tokens = [t for r in tables[name] for t in r.get("polygon_tokens", [r.get("polygon_token")])]
             shapes = [polygon(t) for t in tokens]
             # The published evaluation skips self-crossing polygons; repairing them here would change the score.
+            if repair:
+                shapes = [shape if shape.is_valid else shape.buffer(0) for shape in shapes]
             kept = [s for s in shapes if s.is_valid and not s.is_empty]
             if len(kept) < len(shapes):
                 log.warning("%s: %d invalid %s polygon(s) left out", location, len(shapes) - len(kept), name)
@@ -112,3 +128,12 @@ class CityMap:
             lanes=polygon_layer("lane"),
             walkways=polygon_layer("walkway"),
         )
+
+
+def _simple_parts(geometry: BaseGeometry) -> Iterator[BaseGeometry]:
+    """Yield the polygons and lines of a cut; the points where something only touched are dropped."""
+    if hasattr(geometry, "geoms"):
+        for part in geometry.geoms:
+            yield from _simple_parts(part)
+    elif geometry.geom_type in ("Polygon", "LineString") and not geometry.is_empty:
+        yield geometry

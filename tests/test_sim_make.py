@@ -1,0 +1,129 @@
+"""``nmp-train sim``: data sets from a seed, and from maps and drives that somebody else recorded."""
+
+import filecmp
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nuscenes.nuscenes import NuScenes
+
+from nmp_train.cli import main
+from nmp_train.sim.city import generate_city
+from nmp_train.sim.drive import sample_routes
+
+BOSTON = "boston-seaport"
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a stranger would bring it: one map, two drives of two seconds."""
+    root = tmp_path_factory.mktemp("recorded")
+    city = generate_city(5, BOSTON, 250.0)
+    (root / "maps" / "expansion").mkdir(parents=True)
+    (root / "maps" / "expansion" / f"{BOSTON}.json").write_text(json.dumps(city))
+    scenes = []
+    for i, route in enumerate(sample_routes(city, 6, 2, 2.0, 2.0)):
+        poses = route.poses_xyyaw.round(3).tolist()
+        scenes.append({"scene": f"scene-{i + 7:04d}", "location": BOSTON, "rate_hz": 2, "poses_xyyaw": poses})
+    (root / "drives.json").write_text(json.dumps(scenes))
+    return root
+
+
+def _sim(recorded: Path, out: Path, *more: object) -> int:
+    drives = recorded / "drives.json"
+    arguments = ["--maps", recorded, "--trajectories", drives, "--render-scale", 0.05, "--seed", 1, "--out", out, *more]
+    return main(["sim", *map(str, arguments)])
+
+
+def test_recorded_drives_become_a_data_set(recorded: Path, tmp_path: Path) -> None:
+    assert _sim(recorded, tmp_path / "out", "--weather", "day") == 0
+    data = NuScenes("v1.0-mini", str(tmp_path / "out"), verbose=False)
+    assert [s["name"] for s in data.scene] == ["scene-0007", "scene-0008"]
+    first = data.get("sample", data.scene[0]["first_sample_token"])
+    front = data.get("sample_data", first["data"]["CAM_FRONT"])
+    pose = data.get("ego_pose", front["ego_pose_token"])["translation"]
+    wanted = json.loads((recorded / "drives.json").read_text())[0]["poses_xyyaw"][0]
+    assert pose[:2] == pytest.approx(wanted[:2], abs=0.5)  # the camera fires a moment after the drive begins
+    assert (tmp_path / "out" / front["filename"]).stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_bytes(recorded: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert _sim(recorded, tmp_path / name, "--scenes", 1) == 0
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", map(str, files), shallow=False)
+    assert len(same) == len(files) > 30 and not different and not missing
+
+
+def _change_map(recorded: Path, folder: Path, change: Any) -> Path:
+    path = folder / "maps" / "expansion" / f"{BOSTON}.json"
+    path.parent.mkdir(parents=True)
+    tables = json.loads((recorded / "maps" / "expansion" / f"{BOSTON}.json").read_text())
+    change(tables)
+    path.write_text(json.dumps(tables))
+    (folder / "drives.json").write_text((recorded / "drives.json").read_text())
+    return folder
+
+
+def test_a_self_crossing_road_is_mended(recorded: Path, tmp_path: Path) -> None:
+    def cross(tables: dict[str, Any]) -> None:
+        road = tables["road_segment"][0]["polygon_token"]
+        tokens = next(p for p in tables["polygon"] if p["token"] == road)["exterior_node_tokens"]
+        tokens[1], tokens[2] = tokens[2], tokens[1]
+
+    changed = _change_map(recorded, tmp_path / "in", cross)
+    assert _sim(changed, tmp_path / "out", "--scenes", 1) == 0
+
+
+def _move(scenes: list[dict[str, Any]]) -> None:
+    for pose in scenes[0]["poses_xyyaw"]:
+        pose[0] += 900.0
+
+
+def _rename(scenes: list[dict[str, Any]]) -> None:
+    scenes[0]["location"] = "atlantis"
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (_move, (), "scene-0007 leaves the map of boston-seaport"),
+        (_rename, (), "no map expansion for atlantis"),
+        (lambda s: None, ("--scenes", 3), "holds 2 trajectories"),
+        (lambda s: s.clear(), (), "holds no scene"),
+        (lambda s: s[0].pop("rate_hz"), (), "rate_hz"),
+    ],
+)
+def test_bad_input_is_one_line(
+    change: Any,
+    more: tuple[object, ...],
+    message: str,
+    recorded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = _change_map(recorded, tmp_path / "in", lambda tables: None)
+    scenes = json.loads((changed / "drives.json").read_text())
+    change(scenes)
+    (changed / "drives.json").write_text(json.dumps(scenes))
+    assert _sim(changed, tmp_path / "out", *more) == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("nmp-train: error: ") and message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_polygons_that_are_none_are_named(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shrink(tables: dict[str, Any]) -> None:
+        road = tables["road_segment"][0]["polygon_token"]
+        record = next(p for p in tables["polygon"] if p["token"] == road)
+        record["exterior_node_tokens"] = record["exterior_node_tokens"][:2]
+
+    changed = _change_map(recorded, tmp_path / "in", shrink)
+    assert _sim(changed, tmp_path / "out") == 2
+    assert f"{BOSTON}.json is not a map expansion" in capsys.readouterr().err
+
+
+def test_maps_and_trajectories_go_together(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sim", "--maps", str(recorded), "--out", str(tmp_path / "out")]) == 2
+    assert "go together" in capsys.readouterr().err
