@@ -127,3 +127,20 @@ def test_polygons_that_are_none_are_named(recorded: Path, tmp_path: Path, capsys
 def test_maps_and_trajectories_go_together(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sim", "--maps", str(recorded), "--out", str(tmp_path / "out")]) == 2
     assert "go together" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_data_set(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nmp_train.sim.tables.Tables.write", full)
+    assert _sim(recorded, tmp_path / "out", "--scenes", 1) == 2
+    assert "No space left on device): free some space" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("cv2.imwrite", lambda *_: False)
+    assert _sim(recorded, tmp_path / "out", "--scenes", 1) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ surfaces at junctions (junctions.py) and writes down the layers (mapjson.py). Ev
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -478,7 +479,8 @@ def write_map(city: dict[str, Any], dataroot: str | Path, location: str) -> str:
     root = Path(dataroot)
     (root / "maps" / "expansion").mkdir(parents=True, exist_ok=True)
     (root / "maps" / "expansion" / f"{location}.json").write_text(json.dumps(city))
-    cv2.imwrite(str(root / mask_filename(location)), road_mask(city))
+    if not cv2.imwrite(str(root / mask_filename(location)), road_mask(city)):
+        raise OSError(errno.ENOSPC, "no space left on device, or no permission")
     return mask_filename(location)
 
 

@@ -111,6 +111,31 @@ def write_dataset(
     tables = Tables(seed)
     part = out.parent / f".{out.name}.partial"
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write_parts(
+            part, scenes, cities, tables, version, render, image_size, sweeps, seed, render_scale, tilt, progress
+        )
+        part.rename(out)
+    except OSError as error:
+        raise NmpError(f"cannot write {part} ({error.strerror}): free some space; {out} was not made") from error
+    return out
+
+
+def _write_parts(
+    part: Path,
+    scenes: list[_Scene],
+    cities: Mapping[str, dict[str, Any]],
+    tables: Tables,
+    version: str,
+    render: RenderCall | Mapping[str, RenderCall],
+    image_size: tuple[int, int],
+    sweeps: bool,
+    seed: int,
+    render_scale: float,
+    tilt: bool,
+    progress: bool,
+) -> None:
+    """Write images, maps and, last, the tables."""
     part.mkdir(parents=True)
     used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
     scenery = {place: make_scenery(cities[place], seed) for place in used}
@@ -134,8 +159,6 @@ def write_dataset(
         tables.add("map", place, category="semantic_prior", filename=filename, log_tokens=logs)
     tables.finish()
     tables.write(part / version)
-    part.rename(out)
-    return out
 
 
 def _schedule(drives: Sequence[Drive]) -> list[_Scene]:

@@ -25,7 +25,7 @@ ROUND_KINDS = (3, 5)  # tree crowns and pedestrians are ellipsoids
 GLASS_KIND, BUILDING_KIND = 1, 2
 FAR_M = 1.0e4
 SHADOW_SIDE, SHADOW_CELL_M = 320, 0.3
-STRIP = 40
+STRIP = 100
 """columns of an image that are traced together on a CPU, against the solids that they can see"""
 
 
