@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -46,12 +48,13 @@ class Batch:
 def make_worlds(config: WorldsConfig, workers: int) -> list[World]:
     """Generate the cities of a configuration, in parallel."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    with ProcessPoolExecutor(max(1, min(workers, config.seeds))) as pool:
-        jobs = [
-            pool.submit(make_world, s, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s)
-            for s in seeds
-        ]
-        return [job.result() for job in tqdm(jobs, desc="cities", unit="city")]
+    make = functools.partial(make_world, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s)
+    if not workers:
+        return [make(seed) for seed in tqdm(seeds, desc="cities", unit="city")]
+    # Spawned, not forked: torch's threads do not survive a fork.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, config.seeds), mp_context=spawn) as pool:
+        return list(tqdm(pool.map(make, seeds), desc="cities", unit="city", total=config.seeds))
 
 
 class Simulator:
@@ -217,8 +220,9 @@ def fit(
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     history: list[dict[str, Any]] = []
     result: dict[str, Any] = {"stages": history, "config": config.to_dict(), "device": _device_text(device)}
+    curves = _curves(out)
     for number, stage in list(enumerate(config.stages))[first_stage - 1 :]:
-        history.append({"stage": number + 1, **_run_stage(network, simulator, worlds, config, stage, number)})
+        history.append({"stage": number + 1, **_run_stage(network, simulator, worlds, config, stage, number, curves)})
         save_network(network, out / "network.safetensors", result)
         history[-1]["scores"] = validate(network, examiner, held_out, config, config.validation_groups, 77)
         print(format_table(history[-1]["scores"]), flush=True)
@@ -237,6 +241,21 @@ def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
     return average
 
 
+def _curves(out: Path) -> Callable[[str, float, int], None]:
+    """Return a call that logs (name, value, step) for TensorBoard, where it is installed (extra ``train``)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda name, value, step: None
+    writer = SummaryWriter(str(out / "curves"))
+
+    def log(name: str, value: float, step: int) -> None:
+        writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
 def _device_text(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
@@ -248,6 +267,7 @@ def _run_stage(
     config: TrainConfig,
     stage: StageConfig,
     number: int,
+    curves: Callable[[str, float, int], None],
 ) -> dict[str, Any]:
     device = simulator.device
     frozen: list[torch.nn.Module] = [network.backbone, network.neck] if stage.freeze_images else []
@@ -302,6 +322,8 @@ def _run_stage(
             if not math.isfinite(value):
                 raise NmpError(f"loss is {value} at stage {number + 1}, step {step}: lower learning_rate")
             losses.append(round(value, 4))
+            curves(f"stage {number + 1}/loss", value, step)
+            curves(f"stage {number + 1}/learning rate", stage.learning_rate * rate, step)
             bar.set_postfix(loss=f"{value:.3f}", samples_s=f"{frames / (time.monotonic() - begin):.0f}")
         bar.update()
     bar.close()

@@ -59,13 +59,13 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
     try:
         description = json.loads(sidecar.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise NmpError(f"{sidecar} is not valid JSON ({error}): export the weights again") from error
+        raise NmpError(f"{sidecar} is not valid JSON ({error}): write them again with 'nmp-train fit'") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise NmpError(f"{sidecar} does not describe nmp weights: give a file written by 'nmp-train export'")
+        raise NmpError(f"{sidecar} does not describe nmp weights: give a file written by 'nmp-train fit'")
     if description.get("format_version") != FORMAT_VERSION:
         raise NmpError(
             f"{sidecar} has weights format {description.get('format_version')}, this nmp reads {FORMAT_VERSION}: "
-            "update nmp or export again"
+            "update nmp or train again"
         )
     if description.get("classes") != list(CLASSES):
         raise NmpError(f"{path} was trained for classes {description.get('classes')}, nmp maps {list(CLASSES)}")
@@ -83,10 +83,10 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
     if wrong:
         raise NmpError(
             f"{path} does not fit the network that {sidecar.name} describes ({len(wrong)} tensors differ, first "
-            f"{wrong[0]}): the two files do not belong together, export again"
+            f"{wrong[0]}): the two files do not belong together"
         )
     if any(not torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
-        raise NmpError(f"{path} holds NaN or infinite weights: export from an earlier checkpoint")
+        raise NmpError(f"{path} holds NaN or infinite weights: use an earlier file")
     network.load_state_dict({n: v.to(expected[n].dtype) for n, v in state.items()})
     network.eval()
     digest = hashlib.sha256(data)
