@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import cv2
@@ -79,6 +82,12 @@ def network_image(shot: CameraShot, config: NetworkConfig) -> NDArray[np.uint8]:
     return out
 
 
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+    """Threads that decode the images of a frame side by side; OpenCV lets go of Python's lock meanwhile."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+
+
 def network_input(frame: Frame, config: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return (images [1, 6, 3, H, W] uint8, pixel_from_base [1, 6, 3, 4], present [1, 6]) of a frame.
 
@@ -94,16 +103,16 @@ def network_input(frame: Frame, config: NetworkConfig) -> tuple[Tensor, Tensor, 
     level = flatten_to_plane(frame.map_from_base)
     level[2, 3] = frame.map_from_base[2, 3]  # the road is under the wheels, whatever the map's datum
     ground_from_map = inverse(level)
-    images, projections = [], []
-    for name in CAMERAS:
-        shot = frame.shots[names.index(name)]
+    shots = [frame.shots[names.index(name)] for name in CAMERAS]
+    projections = []
+    for shot in shots:
         camera = shot.camera
         if not np.isfinite(shot.map_from_base).all():
-            raise NmpError(f"{name}: pose at the image's stamp is not finite: check the localisation")
-        images.append(network_image(shot, config))
+            raise NmpError(f"{camera.name}: pose at the image's stamp is not finite: check the localisation")
         intrinsics = network_intrinsics(camera.intrinsics, camera.width, camera.height, config)
         base_from_camera = ground_from_map @ shot.map_from_base @ camera.base_from_camera
         projections.append(unit_projection(intrinsics, base_from_camera, config.input_width, config.input_height))
+    images = list(_decoders().map(functools.partial(network_image, config=config), shots))
     return (
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)[None],
         torch.from_numpy(np.stack(projections)).float()[None],
