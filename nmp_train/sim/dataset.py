@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -109,56 +110,45 @@ def write_dataset(
             raise NmpError(f"no map for location {drive.trajectory.location!r}: pass it in cities")
     scenes = _schedule(wanted)
     tables = Tables(seed)
-    part = out.parent / f".{out.name}.partial"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _write_parts(
-            part, scenes, cities, tables, version, render, image_size, sweeps, seed, render_scale, tilt, progress
-        )
-        part.rename(out)
-    except OSError as error:
-        raise NmpError(f"cannot write {part} ({error.strerror}): free some space; {out} was not made") from error
+    with _whole_or_absent(out) as part:
+        used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
+        scenery = {place: make_scenery(cities[place], seed) for place in used}
+        frames = sum(len(_moments(s.drive.trajectory, sweeps)) for s in scenes)
+        with (
+            ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool,
+            tqdm(total=frames, unit="frame", disable=not progress) as bar,
+        ):
+            for scene in scenes:
+                place = scene.drive.trajectory.location
+                call = scene.drive.render or (render if callable(render) else render[place])
+                traffic = make_traffic(
+                    cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density
+                )
+                writer = _SceneWriter(
+                    part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale
+                )
+                for _ in writer.write(sweeps, seed, tilt):
+                    bar.update()
+        for place in used:
+            filename = write_map(cities[place], part, place)
+            logs = [r["token"] for r in tables.rows["log"] if r["location"] == place]
+            tables.add("map", place, category="semantic_prior", filename=filename, log_tokens=logs)
+        tables.finish()
+        tables.write(part / version)
     return out
 
 
-def _write_parts(
-    part: Path,
-    scenes: list[_Scene],
-    cities: Mapping[str, dict[str, Any]],
-    tables: Tables,
-    version: str,
-    render: RenderCall | Mapping[str, RenderCall],
-    image_size: tuple[int, int],
-    sweeps: bool,
-    seed: int,
-    render_scale: float,
-    tilt: bool,
-    progress: bool,
-) -> None:
-    """Write images, maps and, last, the tables."""
-    part.mkdir(parents=True)
-    used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
-    scenery = {place: make_scenery(cities[place], seed) for place in used}
-    frames = sum(len(_moments(s.drive.trajectory, sweeps)) for s in scenes)
-    with (
-        ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool,
-        tqdm(total=frames, unit="frame", disable=not progress) as bar,
-    ):
-        for scene in scenes:
-            place = scene.drive.trajectory.location
-            call = scene.drive.render or (render if callable(render) else render[place])
-            traffic = make_traffic(
-                cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density
-            )
-            writer = _SceneWriter(part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale)
-            for _ in writer.write(sweeps, seed, tilt):
-                bar.update()
-    for place in used:
-        filename = write_map(cities[place], part, place)
-        logs = [r["token"] for r in tables.rows["log"] if r["location"] == place]
-        tables.add("map", place, category="semantic_prior", filename=filename, log_tokens=logs)
-    tables.finish()
-    tables.write(part / version)
+@contextmanager
+def _whole_or_absent(out: Path) -> Iterator[Path]:
+    """Give a folder to write into that takes the name ``out`` only when everything in it was written."""
+    part = out.parent / f".{out.name}.partial"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise NmpError(f"cannot write {part} ({error.strerror}): free some space; {out} was not made") from error
 
 
 def _schedule(drives: Sequence[Drive]) -> list[_Scene]:

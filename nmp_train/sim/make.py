@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from shapely.geometry import Point
 
-from nmp.citymap import CityMap
+from nmp.citymap import CityMap, load_with_tables
 from nmp.errors import NmpError
 from nmp.frame import LOCATIONS
 from nmp_train.sim.city import generate_city
@@ -131,8 +130,11 @@ def make_from_maps(
         raise NmpError(f"{trajectories} holds {len(drives)} trajectories: ask for {len(drives)} scenes or fewer")
     if scenes:
         drives = [drives[i] for i in sorted(rng.choice(len(drives), scenes, replace=False))]
-    tables = {place: load_tables(maps, place) for place in sorted({d.location for d in drives})}
-    cities = {place: CityMap.from_tables(t, place, repair=True) for place, t in tables.items()}
+    cities: dict[str, CityMap] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for place in sorted({d.location for d in drives}):
+        cities[place], found = load_with_tables(maps, place, repair=True)
+        tables[place] = {**found, "location": place}
     for drive in drives:
         _check_on_map(drive, cities[drive.location])
     words = [_draw_weather(rng) if weather == "mixed" else weather for _ in drives]
@@ -151,13 +153,6 @@ def make_from_maps(
         for i, (d, w) in enumerate(zip(drives, words, strict=True))
     ]
     return write_dataset(out, wanted, tables, version=version, sweeps=sweeps, seed=seed, render_scale=render_scale)
-
-
-def load_tables(dataroot: Path, location: str) -> dict[str, Any]:
-    """Return the dictionary of one map expansion, after :class:`CityMap` has checked that it can be read."""
-    CityMap.load(dataroot, location)
-    tables: dict[str, Any] = json.loads((Path(dataroot) / "maps" / "expansion" / f"{location}.json").read_text())
-    return {**tables, "location": location}
 
 
 def _check_on_map(drive: Trajectory, city: CityMap) -> None:

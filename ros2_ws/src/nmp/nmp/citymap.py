@@ -70,22 +70,7 @@ class CityMap:
     @classmethod
     def load(cls, dataroot: Path, location: str) -> CityMap:
         """Read ``maps/expansion/<location>.json`` below a nuScenes data root."""
-        path = Path(dataroot) / "maps" / "expansion" / f"{location}.json"
-        if not path.is_file():
-            raise NmpError(
-                f"no map expansion for {location}: {path} is missing. "
-                "Download 'Map expansion pack (v1.3)' from nuscenes.org and unpack it into the data root's maps folder"
-            )
-        try:
-            tables = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise NmpError(f"{path} is not valid JSON ({error}): unpack the map expansion again") from error
-        try:
-            return cls.from_tables(tables, location)
-        except (KeyError, TypeError, ValueError) as error:
-            raise NmpError(
-                f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack it again"
-            ) from error
+        return load_with_tables(dataroot, location)[0]
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any], location: str, *, repair: bool = False) -> CityMap:
@@ -128,6 +113,29 @@ class CityMap:
             lanes=polygon_layer("lane"),
             walkways=polygon_layer("walkway"),
         )
+
+
+def load_with_tables(dataroot: Path, location: str, *, repair: bool = False) -> tuple[CityMap, dict[str, Any]]:
+    """Read a map expansion once, and return it as a map and as the dictionary that it is.
+
+    :param repair: as in :meth:`CityMap.from_tables`
+    """
+    path = Path(dataroot) / "maps" / "expansion" / f"{location}.json"
+    if not path.is_file():
+        raise NmpError(
+            f"no map expansion for {location}: {path} is missing. "
+            "Download 'Map expansion pack (v1.3)' from nuscenes.org and unpack it into the data root's maps folder"
+        )
+    try:
+        tables = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise NmpError(f"{path} is not valid JSON ({error}): unpack the map expansion again") from error
+    try:
+        return CityMap.from_tables(tables, location, repair=repair), tables
+    except (KeyError, TypeError, ValueError) as error:
+        raise NmpError(
+            f"{path} is not a map expansion v1.3 file (missing or malformed {error}): unpack it again"
+        ) from error
 
 
 def _simple_parts(geometry: BaseGeometry) -> Iterator[BaseGeometry]:
