@@ -19,12 +19,12 @@ from nmp.model.config import NetworkConfig
 from nmp.model.preprocess import network_intrinsics, unit_projection
 from nmp.truth import rasterize
 from nmp_train.sim.render import solids_from_boxes
-from nmp_train.sim.rig import nuscenes_rig
+from nmp_train.sim.rig import log_rig
 from nmp_train.sim.traffic import Boxes, nearest
 from nmp_train.world import World
 
-MAX_SOLIDS = 64
-SOLIDS_RADIUS_M = 70.0
+MAX_SOLIDS = 96
+SOLIDS_RADIUS_M = 120.0
 
 
 @dataclass
@@ -87,7 +87,6 @@ class SimulatedGroups(Dataset[Group]):
         self.length = length
         self.tilt_rad = tilt_rad
         self.counts = np.array([len(w.frames) for w in worlds])
-        self.rigs = [nuscenes_rig("n008"), nuscenes_rig("n015")]
         self.grid: BevGrid = config.layer_grid
 
     def __len__(self) -> int:
@@ -105,7 +104,7 @@ class SimulatedGroups(Dataset[Group]):
             if len(near) == 0:
                 near = np.array([first])
             chosen += [int(i) for i in rng.choice(near, self.group - 1, replace=len(near) < self.group - 1)]
-        rig = self.rigs[int(rng.integers(len(self.rigs)))]
+        rig = log_rig(str(rng.choice(["n008", "n015"])), int(rng.integers(2**31)))
         parts = [self._frame(world, rig, i, rng) for i in chosen]
         intrinsics, map_from_camera, pixel_from_base, truth, solids = zip(*parts, strict=True)
         frames = world.frames[chosen]

@@ -22,13 +22,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nmp.errors import NmpError
-from nmp.metrics import IouMeter, format_table
+from nmp.metrics import Breakdown, format_table
 from nmp.model import BEVNetwork, fusion, load_network, save_network
 from nmp_train.config import StageConfig, TrainConfig, WorldsConfig
 from nmp_train.data import Group, SimulatedGroups, collate
 from nmp_train.losses import layer_loss
 from nmp_train.sim.render import Ground, Solids, Weather, render
 from nmp_train.world import World, make_world
+
+WEATHER_SHARES = {"day": 0.7, "rain": 0.2, "night": 0.1}
+"""about as in nuScenes"""
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Batch:
     """[B, T, 3] relative to the group, m and rad"""
     truth: Tensor
     """[F, 3, rows, cols]"""
+    weather: list[str]
+    """[F] day, rain or night"""
 
 
 def make_worlds(config: WorldsConfig, workers: int) -> list[World]:
@@ -76,6 +81,7 @@ class Simulator:
             return x.to(self.device, non_blocking=True).flatten(0, 1)
 
         network = self.config.network
+        weather = self._draw_weather(f)
         images = render(
             self.ground,
             group.city.to(self.device).repeat_interleave(t),
@@ -83,13 +89,18 @@ class Simulator:
             flat(group.intrinsics),
             flat(group.map_from_camera),
             Solids(*(flat(s) for s in group.solids)),
-            Weather.sample(f, self.cpu_generator).to(self.device),
+            Weather.sample(f, self.cpu_generator, weather).to(self.device),
             (network.input_width, network.input_height),
             supersample=self.config.supersample,
             generator=self.generator,
             compiled=self.device.type == "cuda",
         )
-        return Batch(images, flat(group.pixel_from_base), group.pose.to(self.device), flat(group.truth))
+        return Batch(images, flat(group.pixel_from_base), group.pose.to(self.device), flat(group.truth), weather)
+
+    def _draw_weather(self, count: int) -> list[str]:
+        shares = torch.tensor(list(WEATHER_SHARES.values()))
+        drawn = torch.multinomial(shares, count, replacement=True, generator=self.cpu_generator)
+        return [list(WEATHER_SHARES)[i] for i in drawn.tolist()]
 
 
 def group_prior(
@@ -169,11 +180,15 @@ def _single_thread(_worker: int) -> None:
 @torch.no_grad()
 def validate(
     network: BEVNetwork, simulator: Simulator, worlds: list[World], config: TrainConfig, groups: int, seed: int
-) -> dict[str, dict[str, float]]:
-    """Score held-out cities: without prior, and with a prior of the other frames of each group."""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Score held-out cities without prior, and with a prior of the other frames of each group.
+
+    :return: for ``no prior`` and ``with prior`` the scores in all, by weather and by distance (percent)
+    """
     network.eval()
     stage = StageConfig(group=6, batch=8)  # the shape of a training step, so that nothing is compiled again
-    meters = {"no prior": IouMeter(), "with prior": IouMeter()}
+    grid = config.network.layer_grid
+    scores = {"no prior": Breakdown(grid), "with prior": Breakdown(grid)}
     generator = torch.Generator(simulator.device).manual_seed(seed)
     always = dataclasses.replace(config, prior_dropout=0.0)
     for group in loader(worlds, config, stage, seed, groups):
@@ -185,9 +200,14 @@ def validate(
             single, fused = network.decode(bev), network.decode(bev, latent, evidence)
         truth = batch.truth.cpu().numpy()
         for name, logits in (("no prior", single), ("with prior", fused)):
-            for predicted, expected in zip((logits > 0).cpu().numpy(), truth, strict=True):
-                meters[name].add(predicted, expected)
-    return {name: meter.percent() for name, meter in meters.items()}
+            predicted = (logits > 0).cpu().numpy()
+            for one, expected, weather in zip(predicted, truth, batch.weather, strict=True):
+                scores[name].add(one, expected, [weather])
+    return {name: breakdown.percent() for name, breakdown in scores.items()}
+
+
+def _table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
+    return format_table({f"{system}, {part}": row for system, parts in scores.items() for part, row in parts.items()})
 
 
 def fit(
@@ -225,7 +245,7 @@ def fit(
         history.append({"stage": number + 1, **_run_stage(network, simulator, worlds, config, stage, number, curves)})
         save_network(network, out / "network.safetensors", result)
         history[-1]["scores"] = validate(network, examiner, held_out, config, config.validation_groups, 77)
-        print(format_table(history[-1]["scores"]), flush=True)
+        print(_table(history[-1]["scores"]), flush=True)
         (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
         save_network(network, out / "network.safetensors", result)
     return result

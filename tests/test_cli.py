@@ -42,6 +42,14 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert f"usage: nmp {name}" in capsys.readouterr().out
 
 
+def test_help_tells_of_estimated_poses_and_map_dates(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, words in (("bag", ("--true-poses", "ego_pose_estimate.json")), ("eval", ("--map-date", "--version"))):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
+
+
 @pytest.mark.parametrize("arguments", [[], ["mpa"], ["map"], ["eval", "--maps"], ["--nonsense"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nmp.metrics import IouMeter, format_table
+from nmp.geometry import BevGrid
+from nmp.metrics import Breakdown, IouMeter, format_table
 
 
 def _masks(*rows: list[int]) -> np.ndarray:
@@ -34,6 +35,21 @@ def test_a_class_that_never_occurs_is_left_out_of_the_mean() -> None:
     assert math.isnan(scores["crossing"])
     assert scores["miou"] == pytest.approx(75.0)
     assert math.isnan(IouMeter().percent()["miou"])
+
+
+def test_scores_are_broken_down_by_label_and_by_distance() -> None:
+    """Near the car all is right, further out nothing is found; rain sees nothing at all."""
+    grid = BevGrid()
+    truth = np.ones((3, *grid.shape), np.uint8)
+    near = np.hypot(*np.moveaxis(grid.centres(), -1, 0)) < 10
+    breakdown = Breakdown(grid)
+    breakdown.add(truth * near, truth, ["day"])
+    breakdown.add(truth * 0, truth, ["rain"])
+    scores = {name: row["miou"] for name, row in breakdown.percent().items()}
+    assert list(scores) == ["all", "day", "rain", "0-10 m", "10-20 m", "20-40 m"]
+    assert scores["0-10 m"] == pytest.approx(50.0) and scores["10-20 m"] == scores["20-40 m"] == 0.0
+    assert scores["rain"] == 0.0 < scores["all"] < scores["day"] < 50.0
+    assert scores["day"] == pytest.approx(2 * scores["all"])
 
 
 def test_table_has_the_published_columns() -> None:

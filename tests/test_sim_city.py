@@ -13,7 +13,18 @@ import shapely
 from nmp.citymap import CityMap
 from nmp.errors import NmpError
 from nmp.frame import LOCATIONS
-from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, ego_middle, rectangles_touch
+from nmp_train.sim.boxes import (
+    BARRIER,
+    BODY,
+    CABIN,
+    CONE,
+    EGO_LENGTH_M,
+    EGO_WIDTH_M,
+    PEDESTRIAN,
+    SIGN,
+    ego_middle,
+    rectangles_touch,
+)
 from nmp_train.sim.city import generate_city, road_mask, write_map
 from nmp_train.sim.drive import Trajectory, load_trajectories, sample_routes, second_pass
 from nmp_train.sim.lanes import arcline_points, world_of
@@ -179,7 +190,8 @@ def test_traffic_boxes(city: dict[str, Any], routes: list[Trajectory]) -> None:
     traffic, again = (make_traffic(city, routes[0], 3, 1.0) for _ in range(2))
     boxes = traffic.at(4.0)
     assert np.array_equal(boxes.centre, again.at(4.0).centre)
-    assert set(np.unique(boxes.kind)) <= {0, 1, 5} and (boxes.instance >= 0).all()
+    assert {BODY, CABIN, PEDESTRIAN} <= set(np.unique(boxes.kind)) <= {BODY, CABIN, PEDESTRIAN, BARRIER, SIGN, CONE}
+    assert (boxes.instance >= 0).all()
     assert (boxes.size > 0).all() and (boxes.rgb >= 0).all() and (boxes.rgb <= 1).all()
     assert (boxes.centre[:, 2] - boxes.size[:, 2] / 2 > -1e-6).all()
     assert len(make_traffic(city, routes[0], 3, 0.0).at(0.0)) == 0

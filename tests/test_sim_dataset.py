@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import filecmp
+import json
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import shapely
 from numpy.typing import NDArray
+from shapely.geometry import MultiLineString, box
 
+from nmp.changelog import Change, Shape, apply_changes, read_changes
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS
+from nmp.geometry import inverse, transform_from
+from nmp_train.sim import dataset
 from nmp_train.sim.boxes import Boxes
+from nmp_train.sim.changes import draw_changes
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import Drive, write_dataset
 from nmp_train.sim.drive import Trajectory, sample_routes, second_pass
+from nmp_train.sim.mapjson import MapBuilder
 from nmp_train.sim.rig import FIRING_OFFSET_MS, SAMPLE_STAMP_MS, nuscenes_rig
 
 BOSTON = "boston-seaport"
@@ -187,6 +197,267 @@ def test_user_errors(city: dict[str, Any], drives: list[Drive], root: Path, tmp_
         nuscenes_rig("n001")
     with pytest.raises(NmpError, match="two or more poses"):
         Trajectory(BOSTON, "2018-01-01", np.zeros(1), np.zeros((1, 3)))
+
+
+# ---------------------------------------------------------------------- calibration, changes, splits, single scenes
+
+
+def _rigs(nusc: Any) -> dict[str, dict[str, Any]]:
+    """Calibrated sensors by logfile and channel."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in nusc.sample_data:
+        scene = nusc.get("scene", nusc.get("sample", row["sample_token"])["scene_token"])
+        rig = out.setdefault(nusc.get("log", scene["log_token"])["logfile"], {})
+        calibration = nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
+        assert rig.setdefault(row["channel"], calibration) == calibration
+    return out
+
+
+def test_every_log_is_calibrated_anew(nusc: Any, city: dict[str, Any], drives: list[Drive], tmp_path: Path) -> None:
+    from nuscenes.nuscenes import NuScenes
+
+    one, two = _rigs(nusc).values()
+    assert len(nusc.calibrated_sensor) == 12 and len(nusc.sensor) == 6
+    for channel, camera in zip(one, nuscenes_rig("n008"), strict=True):
+        a, b = one[channel], two[channel]
+        assert a["token"] != b["token"] and a["sensor_token"] == b["sensor_token"]
+        assert 0 < np.abs(np.subtract(a["translation"], b["translation"])).max() < 0.2
+        assert np.abs(np.subtract(a["translation"], camera.base_from_camera[:3, 3])).max() < 0.2
+        assert a["camera_intrinsic"] != b["camera_intrinsic"]
+    plain = write_dataset(
+        tmp_path / "plain",
+        [dataclasses.replace(d, density=0.0) for d in drives],
+        {BOSTON: city},
+        render=grey,
+        image_size=SIZE,
+        progress=False,
+        calibration_jitter=False,
+    )
+    one, two = _rigs(NuScenes("v1.0-mini", str(plain), verbose=False)).values()
+    assert one == two
+
+
+def test_one_scene_alone_is_as_in_the_whole_set(
+    root: Path, city: dict[str, Any], drives: list[Drive], tmp_path: Path
+) -> None:
+    part = write_dataset(
+        tmp_path / "part",
+        drives,
+        {BOSTON: city},
+        render=grey,
+        image_size=SIZE,
+        sweeps=True,
+        seed=3,
+        render_scale=0.5,
+        progress=False,
+        only=["scene-9001"],
+    )
+    images = [str(p.relative_to(part)) for p in part.rglob("*.jpg")]
+    assert 100 < len(images) < len(list(root.rglob("*.jpg")))
+    assert filecmp.cmpfiles(root, part, images, shallow=False)[0] == images
+    for table in ("scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "sample_annotation", "log"):
+        whole, some = (json.loads((r / "v1.0-mini" / f"{table}.json").read_text()) for r in (root, part))
+        assert some and all(row in whole for row in some), table
+
+
+def test_changes_and_splits(
+    city: dict[str, Any], drives: list[Drive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nuscenes.map_expansion.map_api import NuScenesMap
+    from nuscenes.nuscenes import NuScenes
+
+    first, second = drives[0].trajectory.date, drives[1].trajectory.date
+    assert first < second
+    changes = [dataclasses.replace(c, date=second) for c in draw_changes(city, BOSTON, 1, (first, "2019-06-01"), 2)]
+    driven_in: list[dict[str, Any]] = []
+    real = dataset.make_traffic
+    monkeypatch.setattr(dataset, "make_traffic", lambda c, *a, **k: driven_in.append(c) or real(c, *a, **k))
+    out = write_dataset(
+        tmp_path / "data",
+        drives,
+        {BOSTON: city},
+        render=grey,
+        image_size=SIZE,
+        progress=False,
+        changes={BOSTON: changes},
+        splits={"train": ["scene-9000"], "val": ("scene-9001",)},
+    )
+    assert driven_in[0] is city and driven_in[1] == apply_changes(city, changes, second) != city
+    assert read_changes(out, BOSTON) == changes
+    assert json.loads((out / "maps" / "changes" / f"{BOSTON}.json").read_text())["map_date"] == first
+    assert json.loads((out / "maps" / "expansion" / f"{BOSTON}.json").read_text()) == city
+    assert json.loads((out / "v1.0-mini" / "splits.json").read_text()) == {
+        "train": ["scene-9000"],
+        "val": ["scene-9001"],
+    }
+    assert len(NuScenes("v1.0-mini", str(out), verbose=False).scene) == 2
+    NuScenesMap(str(out), BOSTON)
+
+
+def test_bad_changes_splits_and_names(city: dict[str, Any], drives: list[Drive], tmp_path: Path) -> None:
+    def write(**more: Any) -> None:
+        write_dataset(tmp_path / "d", drives, {BOSTON: city}, render=grey, progress=False, image_size=SIZE, **more)
+
+    foreign = Change("2018-08-01", "crossing_added", "singapore-onenorth", 0, 0, (), ())
+    with pytest.raises(NmpError, match="changes of 'singapore-onenorth' are given for boston-seaport"):
+        write(changes={BOSTON: [foreign]})
+    unknown = Change(
+        "2018-08-01", "crossing_removed", BOSTON, 0, 0, (Shape.of("ped_crossing", box(0, 0, 1, 1), "x"),), ()
+    )
+    with pytest.raises(NmpError, match="ped_crossing x, which the map has not"):
+        write(changes={BOSTON: [unknown]})
+    with pytest.raises(NmpError, match="split 'val' names scene-0001, which no drive has"):
+        write(splits={"val": ["scene-0001"]})
+    with pytest.raises(NmpError, match="no scene is named scene-0001: choose from scene-9000 to scene-9001"):
+        write(only=["scene-0001"])
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------- geometry, by the devkit
+
+
+PLACE = np.array([30.0, 30.0, 0.6])
+
+
+def _painted_world() -> tuple[dict[str, Any], NDArray[np.float64]]:
+    """A bare square with one divider in front of each camera: its tables, and the line ends [6, 2, 2] (m)."""
+    x, y, yaw = PLACE
+    ends = []
+    for camera in nuscenes_rig("n008"):
+        axis = camera.base_from_camera[:2, 2]
+        bearing = yaw + np.arctan2(axis[1], axis[0])
+        ahead = np.array([np.cos(bearing), np.sin(bearing)])
+        middle = np.array([x, y]) + (9.5 if camera.name == "cam_back" else 8.0) * ahead
+        # slanted, so that a shift to any side shows
+        along = np.array([[0.8, -0.6], [0.6, 0.8]]) @ ahead
+        ends.append([middle - along, middle + along])
+    b = MapBuilder(f"test:{BOSTON}", 60, 60)
+    ground = b.polygon(box(1, 1, 59, 59))
+    b.add("drivable_area", polygon_tokens=[ground])
+    b.add("road_segment", polygon_token=b.polygon(box(1, 1, 59, 59)), is_intersection=False, drivable_area_token="")
+    for pair in np.round(ends, 4):
+        b.add("lane_divider", line_token=b.line(pair), lane_divider_segments=[])
+    return b.tables, np.round(ends, 4)
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A car that stands in that square, drawn by the real renderer; the lines are fresh and white, all else dark."""
+    torch = pytest.importorskip("torch")
+    from nmp.citymap import CityMap
+    from nmp_train.sim.render import Ground, Weather, render, solids_from_boxes
+    from nmp_train.sim.surface import paint_surface
+
+    tables, ends = _painted_world()
+    surface = paint_surface(CityMap.from_tables(tables, BOSTON), (18, 18, 42, 42), 1, 0.05)
+    texels = torch.zeros_like(surface.texels)
+    for level, (offset, rows, cols) in enumerate(surface.levels):
+        cell = surface.resolution * 2**level
+        row, col = np.mgrid[:rows, :cols]
+        points = shapely.points(surface.x0 + (col + 0.5) * cell, surface.y0 + (row + 0.5) * cell)
+        near = shapely.distance(points, MultiLineString(list(ends)))
+        # Texels at the edge are as bright as the line covers them: half a texel is half a pixel here.
+        grey_level = (32 + 223 * np.clip((0.15 - near) / cell + 0.5, 0, 1)).astype(np.int32)
+        block = grey_level * 0x010101
+        texels[offset : offset + rows * cols] = torch.from_numpy(block.ravel())
+    ground = Ground.of([dataclasses.replace(surface, texels=texels)])
+
+    def draw(
+        intrinsics: NDArray[np.float64],
+        map_from_camera: NDArray[np.float64],
+        boxes: Boxes,
+        *,
+        size: tuple[int, int],
+        weather: str,
+        seed: int,
+    ) -> NDArray[np.uint8]:
+        about = map_from_camera[0, :2, 3].copy()
+        poses, none = map_from_camera.copy(), np.zeros((0, 3))
+        poses[:, :2, 3] -= about
+        generator = torch.Generator().manual_seed(seed)
+        images = render(
+            ground,
+            torch.zeros(1, dtype=torch.int64),
+            torch.from_numpy(about)[None],
+            torch.from_numpy(intrinsics).float()[None],
+            torch.from_numpy(poses).float()[None],
+            solids_from_boxes(none, none, none[:, 0], none, none[:, 0], about, 2),
+            Weather.sample(1, generator, weather),
+            size,
+            generator=generator,
+        )
+        return np.ascontiguousarray(images[0].permute(0, 2, 3, 1).numpy())
+
+    still = Trajectory(BOSTON, "2018-08-01", np.array([0.0, 0.3]), np.stack([PLACE, PLACE]))
+    out = tmp_path_factory.mktemp("painted") / "data"
+    return write_dataset(
+        out, [Drive(still, density=0.0)], {BOSTON: tables}, render=draw, image_size=(800, 450), progress=False
+    )
+
+
+def test_map_lines_lie_where_the_devkit_projects_them(painted: Path) -> None:
+    from nuscenes.map_expansion.map_api import NuScenesMap
+    from nuscenes.nuscenes import NuScenes
+    from nuscenes.utils.geometry_utils import view_points
+    from pyquaternion import Quaternion
+
+    data, city = NuScenes("v1.0-mini", str(painted), verbose=False), NuScenesMap(str(painted), BOSTON)
+    lines = [city.extract_line(r["line_token"]) for r in city.lane_divider]
+    for channel, line in zip((c.upper() for c in CAMERAS), lines, strict=True):
+        row = data.get("sample_data", data.sample[0]["data"][channel])
+        calibration = data.get("calibrated_sensor", row["calibrated_sensor_token"])
+        ego = data.get("ego_pose", row["ego_pose_token"])
+        world = np.array([[*p, 0.0, 1.0] for p in np.linspace(*line.coords, 21)])
+        points = world[:, :3].T
+        for record in (ego, calibration):
+            points = Quaternion(record["rotation"]).rotation_matrix.T @ (
+                points - np.array(record["translation"])[:, None]
+            )
+        intrinsics = np.array(calibration["camera_intrinsic"])
+        uv = view_points(points, intrinsics, normalize=True)[:2].T
+        # our own projection
+        pose, mount = (
+            transform_from(np.array(r["translation"]), np.roll(r["rotation"], -1)) for r in (ego, calibration)
+        )
+        uvw = (intrinsics @ (inverse(pose @ mount) @ world.T)[:3]).T
+        assert np.abs(uvw[:, :2] / uvw[:, 2:] - uv).max() < 0.1, channel
+        # the painted line: the middle of its brightness across the line, beside many points of it
+        image = cv2.imread(str(painted / row["filename"])).astype(np.float32).sum(axis=2)
+        normal = np.array([-(uv[-1] - uv[0])[1], (uv[-1] - uv[0])[0]]) / np.linalg.norm(uv[-1] - uv[0])
+        reach = np.arange(-14, 14.01, 0.25)
+        samples = uv[4:-4, None] + reach[None, :, None] * normal
+        profile = cv2.remap(image, *np.moveaxis(samples.astype(np.float32), -1, 0), cv2.INTER_LINEAR)
+        base, peak = np.median(profile), profile.max()
+        assert peak > 1.5 * base, channel
+        light = np.clip(profile - (base + peak) / 2, 0, None)
+        offsets = (light * reach).sum(axis=1) / light.sum(axis=1)
+        assert np.abs(offsets.mean()) < 0.6 and np.abs(offsets).max() < 1.0, (channel, offsets)
+
+
+def test_the_devkit_draws_the_map_into_the_images(
+    painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.patches import Polygon as Patch
+    from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
+    from nuscenes.nuscenes import NuScenes
+
+    data = NuScenes("v1.0-mini", str(painted), verbose=False)
+    # The devkit draws polygons with descartes, which does not know shapely 2.
+    patch = lambda polygon, **how: Patch(np.asarray(polygon.exterior.coords)[:, :2], **how)  # noqa: E731
+    monkeypatch.setattr("descartes.PolygonPatch", patch)
+    explorer = NuScenesMapExplorer(NuScenesMap(str(painted), BOSTON))
+    explorer.render_map_in_image(
+        data,
+        data.sample[0]["token"],
+        layer_names=["road_segment"],
+        camera_channel="CAM_BACK_LEFT",
+        out_path=str(tmp_path / "map.png"),
+        verbose=False,
+    )
+    assert cv2.imread(str(tmp_path / "map.png")).std() > 5
 
 
 def test_rig_looks_the_right_way() -> None:

@@ -2,15 +2,21 @@
 
 import filecmp
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nuscenes.nuscenes import NuScenes
 
+from nmp.citymap import CityMap
 from nmp_train.cli import main
+from nmp_train.sim.changes import apply_changes, draw_changes, removed_markings
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.drive import sample_routes
+from nmp_train.sim.make import _Grounds
+from nmp_train.sim.surface import Surface
 
 BOSTON = "boston-seaport"
 
@@ -144,3 +150,101 @@ def test_a_full_disk_leaves_no_half_data_set(
     assert _sim(recorded, tmp_path / "out", "--scenes", 1) == 2
     assert "cannot write" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def _bench(out: Path, *more: object) -> int:
+    arguments = ["--bench", "--cities", 1, "--scenes", 4, "--duration", 2, "--render-scale", 0.05, "--seed", 2]
+    return main(["sim", *map(str, [*arguments, "--out", out, *more])])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bench") / "all"
+    assert _bench(root, "--changes", 1, "--pose-noise", "--device", "cpu") == 0
+    return root
+
+
+def test_the_bench_is_a_data_set_with_splits_changes_and_believed_poses(bench: Path) -> None:
+    data = NuScenes("v1.0-mini", str(bench), verbose=False)
+    names = [s["name"] for s in data.scene]
+    assert names == [f"scene-000{k}" for k in range(1, 5)]
+    dates = [data.get("log", s["log_token"])["date_captured"] for s in data.scene]
+    assert dates == sorted(dates) and len(set(dates)) > 1
+    splits = json.loads((bench / "v1.0-mini" / "splits.json").read_text())
+    assert sorted(splits["train"] + splits["val"]) == names
+    assert len(json.loads((bench / "maps" / "changes" / f"{BOSTON}.json").read_text())["changes"]) == 1
+    believed = json.loads((bench / "v1.0-mini" / "ego_pose_estimate.json").read_text())
+    assert {r["token"] for r in believed} == {r["token"] for r in data.ego_pose}
+    true = {r["token"]: r for r in data.ego_pose}
+    off = [abs(r["translation"][0] - true[r["token"]]["translation"][0]) for r in believed]
+    assert 0 < max(off) < 0.6
+
+
+def test_one_scene_alone_is_as_in_the_whole_bench(bench: Path, tmp_path: Path) -> None:
+    assert _bench(tmp_path / "one", "--changes", 1, "--only", "scene-0003") == 0
+    images = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.jpg"))
+    data = NuScenes("v1.0-mini", str(tmp_path / "one"), verbose=False)
+    assert [s["name"] for s in data.scene] == ["scene-0003"] and len(images) == 6 * data.scene[0]["nbr_samples"]
+    same, different, missing = filecmp.cmpfiles(bench, tmp_path / "one", map(str, images), shallow=False)
+    assert len(same) == len(images) and not different and not missing
+
+
+def test_the_ground_is_that_of_the_drives_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    city = generate_city(5, BOSTON, 250.0)
+    drive = sample_routes(city, 6, 1, 4.0, 2.0)[0]
+    changes = draw_changes(city, BOSTON, 3, ("2018-08-01", "2018-09-30"), 4)
+    painted: list[tuple[CityMap, Any, Any, int]] = []
+
+    def paint(city: CityMap, bounds: Any, seed: int, ghosts: Any) -> Surface:
+        painted.append((city, bounds, ghosts, seed))
+        return Surface(0.0, 0.0, 0.1, torch.zeros(1, dtype=torch.int32), ((0, 1, 1),))
+
+    monkeypatch.setattr("nmp_train.sim.make.paint_surface", paint)
+    grounds = _Grounds({BOSTON: city}, [drive], {BOSTON: changes}, {BOSTON: 7}, torch.device("cpu"))
+    for date in ("2018-08-01", "2018-08-01", "2018-09-30", "2018-12-01", "2018-08-01"):
+        grounds.of(replace(drive, date=date))
+    # painted when the map changes, and not for every drive
+    assert len(painted) == 3 and {p[1] for p in painted} == {painted[0][1]} and {p[3] for p in painted} == {7}
+    (before, _, no_ghosts, _), (after, _, ghosts, _), (again, *_) = painted
+    assert not no_ghosts and ghosts == removed_markings(changes, "2018-09-30")
+    expected = CityMap.from_tables(apply_changes(city, changes, "2018-09-30"), BOSTON)
+    assert _shapes(after) == _shapes(expected) != _shapes(before) == _shapes(again)
+
+
+def _shapes(city: CityMap) -> list[bytes]:
+    layers = (city.road_dividers, city.lane_dividers, city.crossings, city.road_segments)
+    return [geometry.wkb for layer in layers for geometry in layer.geometries]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cities", 2], "--cities goes with --bench"),
+        (["--plan"], "--plan goes with --bench"),
+        (["--scenes", 3], "--scenes goes with --bench or --maps and --trajectories, not with a data set of one city"),
+        (["--bench", "--weather", "rain"], "--weather goes with"),
+        (["--bench", "--routes", 2], "--routes goes with a data set of one city"),
+        (["--bench", "--maps", ".", "--trajectories", "x"], "--bench makes its own cities"),
+        (["--bench", "--cities", 0], "--cities 0 is out of range"),
+        (["--bench", "--plan", "--only", "scene-0001"], "--plan draws no images"),
+        (["--routes", 0], "--routes 0 is out of range"),
+        (["--changes", -1, "--size", 250], "-1 changes are not possible"),
+        (["--changes", 2, "--passes", 1, "--size", 250, "--duration", 2], "changes need drives of a city on two days"),
+        (["--pose-noise", 3], "position_m = 3 is out of range"),
+        (["--seed", -1], "--seed -1 is out of range"),
+        (["--bench", "--cities", 1, "--scenes", 2, "--duration", 2, "--only", "scene-0009"], "scene-0009"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sim", *map(str, arguments), "--out", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("nmp-train: error: ") and message in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sim", "--size", "250", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-BODY, CABIN, BUILDING, CROWN, POLE, PEDESTRIAN, BARRIER = range(7)
-"""The kinds of box."""
+BODY, CABIN, BUILDING, CROWN, POLE, PEDESTRIAN, BARRIER, LAMP_POLE, SIGN, CONE, WALL = range(11)
+"""The kinds of box: parts of vehicles, standing things, and plain solids. ``BARRIER`` is also any plain solid part."""
 
 EGO_LENGTH_M, EGO_WIDTH_M = 4.1, 1.7
 EGO_CENTRE_M = 1.4
@@ -30,7 +30,8 @@ class Boxes:
     rgb: Array
     """[K, 3] 0..1"""
     kind: NDArray[np.int64]
-    """[K] 0 vehicle body, 1 vehicle cabin, 2 building, 3 tree crown, 4 trunk or pole, 5 pedestrian, 6 barrier"""
+    """[K] 0 vehicle body, 1 cabin, 2 building, 3 tree crown, 4 trunk or pole, 5 pedestrian, 6 barrier, 7 lamp pole,
+    8 sign, 9 cone, 10 wall, fence or hedge"""
     instance: NDArray[np.int64]
     """[K] number of the annotated thing that the box is part of, -1 for scenery"""
     velocity: Array
@@ -61,12 +62,27 @@ class Boxes:
         return Boxes(centre, size, yaw, rgb, np.full(n, kind), np.full(n, -1), np.zeros((n, 2)))
 
 
+def apparent_distance(centre: Array, size: Array, xy: Array) -> Array:
+    """Return [K] in which order boxes (centres and sizes [K, 3], m) matter to a picture taken at ``xy`` [2].
+
+    It is the distance (m) to the edge of a box, divided by the root of its height and length together: a wall at
+    50 m fills more of the picture than a bin at 10 m.
+    """
+    reach = np.hypot(size[:, 0], size[:, 1]) / 2
+    distance = np.hypot(*(centre[:, :2] - np.asarray(xy)[:2]).T) - reach
+    face = np.sqrt((size[:, 0] + size[:, 1]) / 2 * size[:, 2])
+    return np.asarray(np.maximum(distance, 1.0) / np.sqrt(np.maximum(face, 0.05)))
+
+
 def nearest(boxes: Boxes, xy: Array, radius: float, limit: int) -> Boxes:
-    """Return up to ``limit`` boxes with an edge within ``radius`` (m) of a point [2], nearest first."""
+    """Return up to ``limit`` boxes with an edge within ``radius`` (m) of a point [2], those that matter most first.
+
+    The order is that of :func:`apparent_distance`.
+    """
     reach = np.hypot(boxes.size[:, 0], boxes.size[:, 1]) / 2
-    distance = np.hypot(*(boxes.centre[:, :2] - np.asarray(xy)[:2]).T) - reach
-    order = np.argsort(distance, kind="stable")
-    return boxes[order[distance[order] < radius][:limit]]
+    inside = np.flatnonzero(np.hypot(*(boxes.centre[:, :2] - np.asarray(xy)[:2]).T) - reach < radius)
+    order = np.argsort(apparent_distance(boxes.centre[inside], boxes.size[inside], xy), kind="stable")
+    return boxes[inside[order[:limit]]]
 
 
 def rectangles_touch(a_xyyaw: Array, a_size: Array, b_xyyaw: Array, b_size: Array) -> NDArray[np.bool_]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +23,21 @@ from scipy.spatial.transform import Rotation
 from shapely.geometry import LineString
 from tqdm import tqdm
 
+from nmp.changelog import LAST_DAY, Change, apply_changes, in_force, time_zone, write_changes
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, Camera
 from nmp_train.sim.boxes import Boxes, nearest
 from nmp_train.sim.city import write_map
 from nmp_train.sim.drive import Trajectory
-from nmp_train.sim.rig import CAMERA_PERIOD_S, FIRING_OFFSET_MS, KEYFRAME_PERIOD_S, SAMPLE_STAMP_MS, nuscenes_rig
+from nmp_train.sim.localisation import LocalisationNoise
+from nmp_train.sim.rig import (
+    CAMERA_PERIOD_S,
+    FIRING_OFFSET_MS,
+    KEYFRAME_PERIOD_S,
+    SAMPLE_STAMP_MS,
+    log_rig,
+    nuscenes_rig,
+)
 from nmp_train.sim.scenery import make_scenery
 from nmp_train.sim.tables import Tables
 from nmp_train.sim.traffic import Traffic, make_traffic
@@ -89,6 +101,11 @@ def write_dataset(
     render_scale: float = 1.0,
     tilt: bool = True,
     progress: bool = True,
+    calibration_jitter: bool = True,
+    changes: Mapping[str, Sequence[Change]] = MappingProxyType({}),
+    localisation: LocalisationNoise | None = None,
+    splits: Mapping[str, Collection[str]] | None = None,
+    only: Collection[str] | None = None,
 ) -> Path:
     """Write ``drives`` through ``cities`` (map dictionaries by location) as the data root ``out``.
 
@@ -96,6 +113,16 @@ def write_dataset(
     they are rendered at ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples
     are written too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name
     only when it is complete.
+
+    :param calibration_jitter: every log has cameras of its own, as each nuScenes log was calibrated anew; otherwise
+        every car has those of :func:`nuscenes_rig`
+    :param changes: by location: written as change logs, and the traffic of a drive moves in the map of its date.
+        ``cities`` is the state before all changes. Painting the changed ground is up to ``render``
+    :param localisation: also write ``<version>/ego_pose_estimate.json``: what the car believed its poses to be, one row
+        per ego_pose token with translation, rotation and covariance (6 x 6 row by row, x y z roll pitch yaw).
+        ego_pose.json and the annotations hold the truth in any case
+    :param splits: written as ``<version>/splits.json``: scene names by name of the split
+    :param only: write these scenes (names) alone, exactly as they are in the whole set
     """
     out = Path(out)
     if out.exists():
@@ -109,33 +136,77 @@ def write_dataset(
         if drive.trajectory.location not in cities:
             raise NmpError(f"no map for location {drive.trajectory.location!r}: pass it in cities")
     scenes = _schedule(wanted)
+    map_dates = {}
+    for place, given in changes.items():
+        if place in cities and given:
+            map_dates[place] = _map_date(place, scenes, given)
+            apply_changes(cities[place], given, LAST_DAY)  # what does not fit should be said before hours of rendering
+    names = [s.name for s in scenes]
+    for split, members in (splits or {}).items():
+        if unknown := sorted({*members} - {*names}):
+            raise NmpError(f"split {split!r} names {unknown[0]}, which no drive has: give names of the scenes")
+    if only is not None:
+        if unknown := sorted({*only} - {*names}):
+            raise NmpError(f"no scene is named {unknown[0]}: choose from {names[0]} to {names[-1]}")
+        scenes = [s for s in scenes if s.name in only]
     tables = Tables(seed)
     with _whole_or_absent(out) as part:
         used = list(dict.fromkeys(s.drive.trajectory.location for s in scenes))
         scenery = {place: make_scenery(cities[place], seed) for place in used}
         frames = sum(len(_moments(s.drive.trajectory, sweeps)) for s in scenes)
+
+        @functools.lru_cache(maxsize=4)
+        def city_with(place: str, count: int) -> dict[str, Any]:
+            first = in_force(changes[place], LAST_DAY)[:count]
+            return apply_changes(cities[place], first, first[-1].date)
+
+        def city_on(place: str, date: str) -> dict[str, Any]:
+            count = len(in_force(changes.get(place, ()), date))
+            return city_with(place, count) if count else cities[place]
+
         with (
             ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 4)) as pool,
             tqdm(total=frames, unit="frame", disable=not progress) as bar,
         ):
             for scene in scenes:
-                place = scene.drive.trajectory.location
+                trajectory = scene.drive.trajectory
+                place = trajectory.location
                 call = scene.drive.render or (render if callable(render) else render[place])
                 traffic = make_traffic(
-                    cities[place], scene.drive.trajectory, seed * 1000 + scene.index, scene.drive.density
+                    city_on(place, trajectory.date), trajectory, seed * 1000 + scene.index, scene.drive.density
                 )
+                rig = log_rig(scene.vehicle, _log_seed(seed, scene)) if calibration_jitter else None
                 writer = _SceneWriter(
-                    part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale
+                    part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale, rig
                 )
-                for _ in writer.write(sweeps, seed, tilt):
+                for _ in writer.write(sweeps, seed, tilt, localisation):
                     bar.update()
         for place in used:
             filename = write_map(cities[place], part, place)
             logs = [r["token"] for r in tables.rows["log"] if r["location"] == place]
             tables.add("map", place, category="semantic_prior", filename=filename, log_tokens=logs)
+            if place in map_dates:
+                write_changes(part, place, changes[place], map_dates[place])
         tables.finish()
         tables.write(part / version)
+        if splits is not None:
+            content = {split: list(members) for split, members in splits.items()}
+            (part / version / "splits.json").write_text(json.dumps(content, indent=1))
     return out
+
+
+def _map_date(place: str, scenes: Sequence[_Scene], changes: Sequence[Change]) -> str:
+    """Return a day before all drives and changes of a location, which its map expansion then shows."""
+    if foreign := [c.location for c in changes if c.location != place]:
+        raise NmpError(f"changes of {foreign[0]!r} are given for {place}: list them under their own location")
+    drives = [s.drive.trajectory.date for s in scenes if s.drive.trajectory.location == place]
+    before = datetime.date.fromisoformat(min(c.date for c in changes)) - datetime.timedelta(days=1)
+    return min(before.isoformat(), *drives)
+
+
+def _log_seed(seed: int, scene: _Scene) -> int:
+    """Return the seed of a log's calibration; drives of one log share it."""
+    return int(hashlib.md5(f"{seed}:{scene.logfile}".encode()).hexdigest()[:8], 16)
 
 
 @contextmanager
@@ -158,16 +229,14 @@ def _schedule(drives: Sequence[Drive]) -> list[_Scene]:
     out = []
     for k, drive in enumerate(drives):
         place, date = drive.trajectory.location, drive.trajectory.date
-        boston = place.startswith("boston")
-        vehicle = drive.vehicle or ("n008" if boston else "n015")
+        vehicle = drive.vehicle or ("n008" if place.startswith("boston") else "n015")
         dark = "night" in drive.weather
         key = (place, date, vehicle, dark)
-        zone = datetime.timezone(datetime.timedelta(hours=-4 if boston else 8))
         if key not in clock:
             # Cities and cars start at different minutes, so that no two logs have one name.
             minute = 7 * len(clock) % 55
             day = datetime.datetime.fromisoformat(date)
-            starts[key] = clock[key] = day.replace(hour=20 if dark else 10, minute=minute, tzinfo=zone)
+            starts[key] = clock[key] = day.replace(hour=20 if dark else 10, minute=minute, tzinfo=time_zone(place))
         stamp = starts[key].strftime("%Y-%m-%d-%H-%M-%S%z")
         begin = round(clock[key].timestamp() * 1e6)
         clock[key] += datetime.timedelta(seconds=drive.trajectory.duration_s + 60)
@@ -200,14 +269,16 @@ class _SceneWriter:
         render: RenderCall,
         image_size: tuple[int, int],
         render_scale: float,
+        rig: Sequence[Camera] | None,
     ) -> None:
         self.root, self.tables, self.pool = root, tables, pool
         self.scene, self.traffic, self.scenery, self.render = scene, traffic, scenery, render
         self.size = image_size
         self.render_size = (round(image_size[0] * render_scale), round(image_size[1] * render_scale))
-        self.cameras = [_resized(c, image_size) for c in nuscenes_rig(scene.vehicle)]
+        self.rig_name = scene.logfile if rig else scene.vehicle
+        self.cameras = [_resized(c, image_size) for c in rig or nuscenes_rig(scene.vehicle)]
 
-    def write(self, sweeps: bool, seed: int, tilt: bool) -> Iterator[None]:
+    def write(self, sweeps: bool, seed: int, tilt: bool, localisation: LocalisationNoise | None) -> Iterator[None]:
         """Render and write the scene; yields after every set of images."""
         scene, tables, trajectory = self.scene, self.tables, self.scene.drive.trajectory
         log = tables.add(
@@ -219,7 +290,7 @@ class _SceneWriter:
             location=trajectory.location,
         )
         scene_token = tables.token("scene", scene.name)
-        calibrations = [tables.add_camera(scene.vehicle, camera) for camera in self.cameras]
+        calibrations = [tables.add_camera(self.rig_name, camera) for camera in self.cameras]
         sway = _Sway(np.random.default_rng([seed, scene.index, 5]) if tilt else None)
         moments = _moments(trajectory, sweeps)
         keys = [t for t, is_key in moments if is_key]
@@ -233,6 +304,7 @@ class _SceneWriter:
             samples.append(sample)
             users, here = self.traffic.users_at(base + stamp_s), trajectory.at(base + stamp_s)
             tables.add_annotations(scene.name, sample, users, here[:2], ANNOTATED_M)
+        driven: list[tuple[str, int, Array]] = []
         written: list[Future[None]] = []
         for k, (t, is_key) in enumerate(moments):
             # The devkit interpolates boxes between the sample before and the one that an image belongs to.
@@ -246,11 +318,13 @@ class _SceneWriter:
                 stamp, channel = scene.stamp_us(s), camera.name.upper()
                 folder = "samples" if is_key else "sweeps"
                 filename = f"{folder}/{channel}/{scene.logfile}__{channel}__{stamp}.jpg"
+                pose_token = tables.add_pose(f"{scene.name}:{channel}:{stamp}", stamp, pose)
+                driven.append((pose_token, stamp, pose))
                 tables.add(
                     "sample_data",
                     f"{scene.name}:{channel}:{stamp}",
                     sample_token=owner,
-                    ego_pose_token=tables.add_pose(f"{scene.name}:{channel}:{stamp}", stamp, pose),
+                    ego_pose_token=pose_token,
                     calibrated_sensor_token=calibration,
                     timestamp=stamp,
                     fileformat="jpg",
@@ -266,6 +340,12 @@ class _SceneWriter:
             yield
         for future in written:
             future.result()
+        if localisation is not None:
+            tokens, stamps, truth = zip(*driven, strict=True)
+            seconds = (np.array(stamps) - scene.start_us) / 1e6
+            believed, covariance = localisation.apply(seconds, np.stack(truth), (seed, scene.index))
+            for token, stamp, pose in zip(tokens, stamps, believed, strict=True):
+                tables.add_pose_estimate(token, stamp, pose, covariance)
         tables.add(
             "scene",
             scene.name,

@@ -14,6 +14,7 @@ import shapely
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from shapely.geometry import LineString
+from shapely.ops import substring
 
 from nmp.errors import NmpError
 from nmp_train.sim.lanes import World, world_of
@@ -22,6 +23,8 @@ from nmp_train.sim.paths import Path, Stop, drive_along, lateral_wander
 Array = NDArray[np.float64]
 REAR_TO_FRONT_M = 3.45
 """from the rear axle, where the ego pose is, to the front bumper"""
+LANE_M = 3.3
+NO_GRAPH = "this map has no lane graph to drive on: give trajectories by file instead (load_trajectories)"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Trajectory:
     """[T, 3] x, y (m), yaw (rad)"""
     name: str = ""
     """scene name; empty when it has none yet"""
+    logfile: str = ""
+    """name of the recording that it is from; empty when not known"""
 
     def __post_init__(self) -> None:
         if len(self.times_s) < 2 or self.poses_xyyaw.shape != (len(self.times_s), 3):
@@ -46,6 +51,12 @@ class Trajectory:
             )
         if not (np.isfinite(self.poses_xyyaw).all() and (np.diff(self.times_s) > 0).all()):
             raise NmpError(f"trajectory {self.name or '(unnamed)'} has poses that are not finite or times that go back")
+
+    @property
+    def started(self) -> str:
+        """Local date of the drive, with the time of its log (YYYY-MM-DD-hh-mm-ss) where that is known."""
+        found = re.search(r"\d{4}-\d{2}-\d{2}-\d{2}-\d{2}-\d{2}", self.logfile)
+        return found.group() if found else self.date
 
     @property
     def duration_s(self) -> float:
@@ -76,7 +87,7 @@ def sample_routes(
     world = world_of(city)
     starts = [i for i in sorted(world.graph.alive) if not world.graph.lanes[i].connector]
     if not starts:
-        raise NmpError("this map has no lane graph to drive on: give trajectories by file instead (load_trajectories)")
+        raise NmpError(NO_GRAPH)
     weights = np.array([world.graph.lanes[i].length for i in starts])
     place = str(city.get("location", "")) if location is None else location
     out = []
@@ -88,23 +99,97 @@ def sample_routes(
         path = Path(points)
         path = path.shifted(lateral_wander(rng, path, float(rng.normal(0, 0.12)), 0.13))
         begin = float(rng.uniform(0, 20))
-        stops = [
-            Stop(s - REAR_TO_FRONT_M - float(rng.uniform(0.3, 2.5)), float(rng.uniform(2, 12)))
-            for s in entries
-            if rng.random() < 0.28
-        ]
-        stops += [
-            Stop(float(rng.uniform(begin, path.length)), float(rng.uniform(1, 6)))
-            for _ in range(rng.poisson(duration_s / 90))
-        ]
-        if rng.random() < 0.12:
-            stops.append(Stop(begin, float(rng.uniform(1, 0.7 * duration_s))))
+        stops = _stops(rng, entries, begin, path.length, duration_s)
         times, s = drive_along(
             path, rng, duration_s + 0.1, cruise=float(rng.uniform(6, 13.0)), stops=stops, start_s=begin
         )
         date = datetime.date(2018, 7, 1) + datetime.timedelta(days=int(rng.integers(0, 120)))
         out.append(_trajectory(place, date.isoformat(), path, times, s, duration_s, rate_hz, f"sim-{seed:04d}-{k:04d}"))
     return out
+
+
+def _stops(
+    rng: np.random.Generator, entries: list[float], begin: float, length: float, duration_s: float
+) -> list[Stop]:
+    """Draw stops at junctions (their distances are ``entries``), in between, and at the beginning."""
+    stops = [
+        Stop(s - REAR_TO_FRONT_M - float(rng.uniform(0.3, 2.5)), float(rng.uniform(2, 12)))
+        for s in entries
+        if rng.random() < 0.28
+    ]
+    stops += [
+        Stop(float(rng.uniform(begin, length)), float(rng.uniform(1, 6))) for _ in range(rng.poisson(duration_s / 90))
+    ]
+    if rng.random() < 0.12:
+        stops.append(Stop(begin, float(rng.uniform(1, 0.7 * duration_s))))
+    return stops
+
+
+def sample_stretch(city: dict[str, Any], rng: np.random.Generator, length_m: float) -> Array:
+    """Return a random stretch of street as the points [N, 2] (m) of one lane after the other, with turns.
+
+    Wide streets are more likely than narrow ones: most traffic is there.
+    """
+    graph = world_of(city).graph
+    starts = [i for i in sorted(graph.alive) if not graph.lanes[i].connector]
+    if not starts:
+        raise NmpError(NO_GRAPH)
+    weights = np.array([graph.lanes[i].length * (1 + 2 * len(graph.lanes[i].beside)) for i in starts])
+    points, _ = graph.trace(rng, int(rng.choice(starts, p=weights / weights.sum())), length_m + 40, 0.0)
+    line = LineString(points)
+    begin = float(rng.uniform(0, max(1.0, min(40.0, line.length - length_m))))
+    return shapely.get_coordinates(substring(line, begin, begin + length_m))
+
+
+def stretch_lanes(city: dict[str, Any], stretch: Array, opposite: bool = False) -> list[list[int]]:
+    """Return the ways to drive along a stretch of street [N, 2] (m): chains of lanes that differ in some lane.
+
+    :param opposite: in the other direction; empty on one-way streets
+    """
+    graph = world_of(city).graph
+    wish = Path(stretch[::-1] if opposite else stretch)
+    lines = [wish.points, *(wish.shifted(d).points for d in (LANE_M, -LANE_M))]
+    chains = [graph.chain_along(line) for line in lines]
+    return list({tuple(chain): chain for chain in chains if chain is not None}.values())
+
+
+def drive_stretch(
+    city: dict[str, Any],
+    stretch: Array,
+    chain: list[int],
+    rng: np.random.Generator,
+    *,
+    duration_s: float,
+    rate_hz: float,
+    start_m: float = 0.0,
+) -> Trajectory:
+    """Return a drive along a stretch of street [N, 2] (m), and on beyond its end while time is left.
+
+    :param stretch: in the direction of the drive
+    :param chain: the lanes to use, one of :func:`stretch_lanes`
+    :param start_m: how far from the beginning of the stretch the drive starts
+    :return: a trajectory without name and date
+    """
+    graph = world_of(city).graph
+    ends = np.cumsum([graph.lanes[i].length for i in chain])
+    entries = [
+        float(s)
+        for i, s in zip(chain[:-1], ends[:-1], strict=True)
+        if not graph.lanes[i].connector and len(graph.lanes[i].outgoing) > 1
+    ]
+    onward, more = graph.trace(rng, chain[-1], duration_s * 15 + 60, 0.1)
+    entries += [float(ends[-1]) - graph.lanes[chain[-1]].length + s for s in more]
+    path = Path(np.concatenate([*(graph.lanes[i].points for i in chain[:-1]), onward]))
+    path = path.shifted(lateral_wander(rng, path, float(rng.normal(0, 0.15)), 0.13))
+    # The first lane begins before the stretch does; it is the last one that ends beyond it.
+    begin = LineString(path.points).project(shapely.points(stretch[0])) + start_m
+    begin = float(min(begin, 0.8 * ends[-1]))
+    stops = _stops(rng, [s for s in entries if s > begin + 8.0], begin, path.length, duration_s)
+    if rng.random() < 0.07:  # at a red light, or parked, from beginning to end
+        stops.append(Stop(begin, 2 * duration_s))
+    cruise = float(rng.uniform(4.0, 10.5))
+    times, s = drive_along(path, rng, duration_s + 0.1, cruise=cruise, stops=stops, start_s=begin)
+    return _trajectory(str(city.get("location", "")), "", path, times, s, duration_s, rate_hz, "")
 
 
 def second_pass(trajectory: Trajectory, seed: int, city: dict[str, Any] | None = None) -> Trajectory:
@@ -124,7 +209,7 @@ def second_pass(trajectory: Trajectory, seed: int, city: dict[str, Any] | None =
     path = Path(points, smooth_m=1.0)
     shift = float(rng.choice([-1, 1]) * rng.uniform(0.15, 0.55))
     if city is not None and rng.random() < 0.5:
-        lanes = [d for d in (3.3, -3.3) if _drivable(world_of(city), path, d)]
+        lanes = [d for d in (LANE_M, -LANE_M) if _drivable(world_of(city), path, d)]
         shift += float(rng.choice(lanes)) if lanes else 0.0
     path = path.shifted(shift + lateral_wander(rng, path, 0.0, 0.12))
     rate = 1 / float(np.median(np.diff(trajectory.times_s)))
@@ -185,7 +270,7 @@ def _again(name: str) -> str:
 
 
 def load_trajectories(path: str | FilePath, rate_hz: float | None = None) -> list[Trajectory]:
-    """Read recorded drives: a folder with one JSON file per scene, or one JSON file with a list of scenes.
+    """Read recorded drives: a folder with one JSON file per scene, or one JSON file with a list of scenes or a plan.
 
     Every scene has location, rate_hz and poses_xyyaw; its date comes from ``date`` or from ``logfile``.
     ``rate_hz`` resamples them.
@@ -196,6 +281,8 @@ def load_trajectories(path: str | FilePath, rate_hz: float | None = None) -> lis
         records = [{"scene": f.stem, **_read_json(f)} for f in files]
     elif where.is_file():
         content = _read_json(where)
+        if isinstance(content, dict) and isinstance(content.get("scenes"), list):
+            content = content["scenes"]  # a plan of a fleet
         records = content if isinstance(content, list) else [content]
     else:
         raise NmpError(f"no trajectories at {where}: give a folder of scene JSON files or one list file")
@@ -220,4 +307,5 @@ def _from_record(record: dict[str, Any]) -> Trajectory:
     times = np.arange(len(poses)) / float(record["rate_hz"])
     found = re.search(r"\d{4}-\d{2}-\d{2}", str(record.get("date") or record.get("logfile") or ""))
     date = found.group() if found else "2018-01-01"
-    return Trajectory(str(record["location"]), date, times, poses, str(record.get("scene", "")))
+    name, log = str(record.get("scene", "")), str(record.get("logfile") or "")
+    return Trajectory(str(record["location"]), date, times, poses, name, log)

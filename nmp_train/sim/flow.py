@@ -12,7 +12,7 @@ from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, ego_middle
 from nmp_train.sim.lanes import World
 from nmp_train.sim.paths import Path
 from nmp_train.sim.tracks import Track
-from nmp_train.sim.vehicles import Fleet, draw_vehicles
+from nmp_train.sim.vehicles import Fleet, draw_vehicles, tail_of
 
 Array = NDArray[np.float64]
 SPACING_M = 0.5
@@ -21,6 +21,8 @@ LOOK_M = np.arange(1.5, 27.0, 2.5)
 BRAKE = 2.5
 FAR_M = 95.0
 """vehicles farther than this from the ego are dropped, m"""
+ROOM_FOR_TAIL_M = 16.0
+"""a vehicle that draws another one appears at least this far along its track, m"""
 
 
 @dataclass
@@ -30,6 +32,38 @@ class Flow:
     fleet: Fleet
     motion: Array
     shown: NDArray[np.bool_]
+    head: NDArray[np.int64]
+    """[A] place of the vehicle that draws this one, -1 for none"""
+
+
+class _Tails:
+    """What some vehicles draw behind them: the rear parts of articulated lorries and buses.
+
+    A tail hangs on a hitch of its head, and its axle follows the hitch.
+    """
+
+    def __init__(self) -> None:
+        self.fleet = Fleet.joined([])
+        self.head = np.zeros(0, np.int64)
+        self.axle = np.zeros((0, 2))
+
+    def update(self, heads: Fleet, state: Array) -> Array:
+        """Follow the heads (all vehicles and their poses [A, 3]); return the poses [T, 3] of the tails' middles."""
+        if len(heads) == 0:
+            return np.zeros((0, 3))
+        fleet, head = tail_of(heads)
+        size = fleet.size[:, 0]
+        towards = np.stack([np.cos(state[head, 2]), np.sin(state[head, 2])], axis=1)
+        # A bus is hinged at its end, a trailer rests on its tractor.
+        bus = fleet.size[:, 0] < 10.0
+        hitch = state[head, :2] - np.where(bus, 0.53, 0.22)[:, None] * heads.size[head, :1] * towards
+        reach, middle = size * np.where(bus, 0.75, 0.68), size * np.where(bus, 0.53, 0.42)
+        axle = hitch - reach[:, None] * towards
+        axle[: len(self.axle)] = self.axle
+        pull = hitch - axle
+        pull /= np.maximum(np.hypot(*pull.T), 0.1)[:, None]
+        self.fleet, self.head, self.axle = fleet, head, hitch - reach[:, None] * pull
+        return np.column_stack([hitch - middle[:, None] * pull, np.arctan2(pull[:, 1], pull[:, 0])])
 
 
 class _Drivers:
@@ -77,26 +111,33 @@ def simulate(
     dt: float,
     density: float,
     scripted: tuple[Fleet, Array],
+    location: str,
 ) -> Flow:
     """Let vehicles drive on the tracks around the ego poses [F, 3], which are ``dt`` seconds apart.
 
-    ``scripted`` are vehicles (motion [F, L, 3]) that the others see but that do not react.
+    ``scripted`` are vehicles and things (motion [F, L, 3]) that the others see but that do not react.
     """
     frames = len(ego)
     drivers = _Drivers()
-    fleets: list[Fleet] = []
     # At density 1 about as many vehicles should come near as in nuScenes; some are left out again later.
     starts = _starts(rng, tracks, 1.5 * density)
+    pool, chosen = draw_vehicles(rng, len(starts), "moving", location), list[int]()
+    waiting = [(k, start, bool(pool.makes[k].tail)) for k, start in enumerate(starts)]
+    fleet, tails = pool.pick(np.zeros(0, np.int64)), _Tails()
     leaders, lead_motion = scripted
     states: list[Array] = []
+    tail_states: list[Array] = []
     middle = ego_middle(ego)
     for f in range(frames):
         if f % max(1, int(2.0 / dt)) == 0:
-            _appear(rng, world, tracks, starts, drivers, fleets, ego, f, lead_motion[f], (frames - f) * dt)
+            _appear(rng, world, tracks, waiting, drivers, chosen, ego, f, lead_motion[f], (frames - f) * dt)
+            fleet = pool.pick(np.array(chosen, dtype=np.int64))
         state = drivers.at(drivers.s)
         states.append(state)
+        tail_states.append(tails.update(fleet, state))
         if len(state):
-            _advance(drivers, Fleet.joined(fleets), state, leaders, lead_motion[f], middle[f:], dt)
+            others = Fleet.joined([leaders, tails.fleet]), np.concatenate([lead_motion[f], tail_states[-1]])
+            _advance(drivers, fleet, state, *others, middle[f:], dt, tails.head)
     count = len(drivers.s)
     motion = np.zeros((frames, count, 3))
     shown = np.zeros((frames, count), bool)
@@ -111,7 +152,16 @@ def simulate(
         steps = np.hypot(*np.diff(motion[..., :2], axis=0).transpose(2, 0, 1))
         travelled = np.concatenate([np.zeros((1, count)), np.cumsum(steps, axis=0)])
         shown &= (away < FAR_M) & (travelled < ends - 1.0)
-    return Flow(Fleet.joined(fleets), motion, shown)
+    behind = np.zeros((frames, len(tails.head), 3))
+    for f, state in enumerate(tail_states):
+        behind[f, : len(state)] = state
+    behind[..., 2] = np.unwrap(behind[..., 2], axis=0)
+    return Flow(
+        Fleet.joined([fleet, tails.fleet]),
+        np.concatenate([motion, behind], axis=1),
+        np.concatenate([shown, shown[:, tails.head]], axis=1),
+        np.concatenate([np.full(count, -1), tails.head]),
+    )
 
 
 def _starts(rng: np.random.Generator, tracks: list[Track], density: float) -> list[tuple[int, float, float, float]]:
@@ -144,9 +194,9 @@ def _appear(
     rng: np.random.Generator,
     world: World,
     tracks: list[Track],
-    starts: list[tuple[int, float, float, float]],
+    waiting: list[tuple[int, tuple[int, float, float, float], bool]],
     drivers: _Drivers,
-    fleets: list[Fleet],
+    chosen: list[int],
     ego: Array,
     frame: int,
     leaders: Array,
@@ -155,25 +205,28 @@ def _appear(
     here = ego[frame, :2]
     others = np.concatenate([drivers.at(drivers.s)[:, :2], leaders[:, :2], here[None]])
     ahead = ego[frame:, :2]
-    for start in list(starts):
-        k, s, speed, wish = start
+    for entry in list(waiting):
+        number, (k, s, speed, wish), long = entry
         track = tracks[k]
         at = track.points[min(int(s), len(track.points) - 1)]
         distance = float(np.hypot(*(at - here)))
         if distance > 78 or (frame > 0 and distance < 45):
             continue
-        starts.remove(start)
+        waiting.remove(entry)
         nose = track.points[min(int(s) + 1, len(track.points) - 1)] - track.points[max(int(s) - 1, 0)]
         nose = nose / max(float(np.hypot(*nose)), 1e-6)
         gap = others - at
-        close = (np.abs(gap @ nose) < 7.5) & (np.abs(gap @ [-nose[1], nose[0]]) < 2.4)
-        if close.any() or np.hypot(*(ahead - at).T).min() < 2.6:
+        along = gap @ nose
+        behind = ROOM_FOR_TAIL_M if long else 7.5
+        close = (along < 7.5) & (along > -behind) & (np.abs(gap @ [-nose[1], nose[0]]) < 2.4)
+        if (long and s < ROOM_FOR_TAIL_M) or close.any() or np.hypot(*(ahead - at).T).min() < 2.6:
             continue
-        path = track.path(world, rng, s, seconds * max(wish, 2.0) * 1.2 + 30)
+        # Those who stand stay where they are.
+        path = track.path(world, rng, s, seconds * max(wish, 2.0) * 1.2 + 30 if wish > 0 else 5.0)
         if path.length < 4:
             continue
         drivers.add(path, speed, wish, frame)
-        fleets.append(draw_vehicles(rng, 1))
+        chosen.append(number)
         others = np.concatenate([others, at[None]])
 
 
@@ -186,8 +239,16 @@ def _discs(pose: Array, length: Array, width: Array) -> tuple[Array, Array]:
 
 
 def _advance(
-    drivers: _Drivers, fleet: Fleet, state: Array, leaders: Fleet, lead: Array, ego_ahead: Array, dt: float
+    drivers: _Drivers,
+    fleet: Fleet,
+    state: Array,
+    leaders: Fleet,
+    lead: Array,
+    ego_ahead: Array,
+    dt: float,
+    tail_heads: NDArray[np.int64],
 ) -> None:
+    """Move everyone on by ``dt``; the last of ``lead`` are tails, whose heads do not brake for them."""
     movers = np.flatnonzero((drivers.wish > 0) & (np.hypot(*(state[:, :2] - ego_ahead[0, :2]).T) < FAR_M))
     if not len(movers):
         return
@@ -204,6 +265,9 @@ def _advance(
     gap = gap.reshape(len(movers), len(LOOK_M), len(pose), -1).min(axis=-1)  # [A, D, M]
     touch = gap < ((fleet.size[movers, 1] / 2 + 0.25)[:, None, None] + radius) ** 2
     touch[np.arange(len(movers)), :, movers] = False
+    first_tail = len(state) + len(lead) - len(tail_heads)
+    for k, head in enumerate(tail_heads):
+        touch[movers == head, :, first_tail + k] = False
     speed = np.concatenate([drivers.v, np.zeros(len(lead) + len(future))])
     along = np.maximum(speed[None] * np.cos(pose[None, :, 2] - state[movers, None, 2]), 0)  # [A, M]
     room = np.where(touch, LOOK_M[None, :, None] - 2.5, np.inf).min(axis=1)  # [A, M]

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import cKDTree
 from shapely import STRtree
-from shapely.geometry import LineString
+from shapely.geometry import LineString, box
 from shapely.geometry.base import BaseGeometry
 
 from nmp.citymap import CityMap
@@ -131,6 +134,48 @@ class LaneGraph:
                 entries.append(total)
             lane = int(rng.choice(onward))
         return np.concatenate(parts), entries
+
+    def chain_along(self, points: Array, reach_m: float = 18.0) -> list[int] | None:
+        """Return the lanes of a drive alongside a polyline [N, 2] (m), from its start to its end and in its direction.
+
+        The drive keeps as close to the line as the lanes allow, and within ``reach_m`` of it. None where no chain
+        of lanes leads there: a one-way street backwards, or a wide median.
+        """
+        points = resample(points, 1.0)
+        tree, length = cKDTree(points), LineString(points).length
+        near = self.near(box(*points.min(axis=0), *points.max(axis=0)).buffer(reach_m))
+        cost: dict[int, float] = {}
+        first, last = [], []
+        for i in near:
+            p = self.lanes[i].points
+            away, nearest = tree.query(p)
+            s = nearest * (length / (len(points) - 1))
+            # Beyond the ends of the line a lane may go wherever it likes.
+            beside = (s > 0.5) & (s < length - 0.5)
+            if beside.sum() < 2 or away[beside].max() > reach_m:
+                continue
+            if s[-1] <= s[0] + 0.5 * np.hypot(*(p[-1] - p[0])) * beside.mean():
+                continue
+            cost[i] = float((1 + (away[beside] / 4) ** 2).sum())
+            if s[0] < 6.0:
+                first.append(i)
+            if s[-1] > length - 6.0:
+                last.append(i)
+        if not first or not last:
+            return None
+        number = {i: k + 1 for k, i in enumerate(cost)}
+        end = len(number) + 1
+        links = [(0, number[i], cost[i]) for i in first] + [(number[i], end, 1e-3) for i in last]
+        links += [(number[i], number[j], cost[j]) for i in cost for j in self.lanes[i].outgoing if j in cost]
+        rows, columns, weights = (np.array(column) for column in zip(*links, strict=True))
+        graph = csr_array((weights, (rows, columns)), shape=(end + 1, end + 1))
+        _, before = dijkstra(graph, indices=0, return_predecessors=True)
+        lanes, chain = list(cost), [int(before[end])]
+        if chain[0] < 0:
+            return None
+        while before[chain[-1]] > 0:
+            chain.append(int(before[chain[-1]]))
+        return [lanes[k - 1] for k in reversed(chain)]
 
     def _change(self, rng: np.random.Generator, points: Array, to: int) -> tuple[Array, int, float] | None:
         """Swing from a lane to the one beside it: (points, lane, how far along that lane they end)."""

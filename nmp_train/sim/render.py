@@ -1,8 +1,11 @@
 """Camera images of a simulated city: one ray caster in PyTorch for CPU and GPU.
 
-Every pixel's ray meets the ground plane (looked up in a :class:`~nmp_train.sim.surface.Surface`) or one of
+Every pixel's ray meets the ground (looked up in a :class:`~nmp_train.sim.surface.Surface`, with kerbs) or one of
 the solids around the car (boxes and ellipsoids), whichever is nearer. The same call renders data sets on a
 CPU and training batches on a GPU; on a GPU ``compiled=True`` fuses it into a few kernels.
+
+An image is traced in strips, each against the few solids that it can see. A strip is a camera of its own, whose
+pixels begin at 0, so that all strips of a batch are one tensor on a GPU. On a CPU each is a job for a thread.
 """
 
 from __future__ import annotations
@@ -13,75 +16,53 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nmp.errors import NmpError
+from nmp_train.sim.boxes import BODY, BUILDING, CABIN, CROWN, PEDESTRIAN
+from nmp_train.sim.lens import drop_atlas, expose
+from nmp_train.sim.light import (
+    LAMP_CELL_M,
+    LAMP_SIDE,
+    PATTERN_M,
+    SHADOW_CELL_M,
+    SHADOW_SIDE,
+    SHADOW_TILES,
+    find_lamps,
+    ground_light,
+    headlight,
+    is_round,
+    join_tiles,
+    pattern_grid,
+    patterns,
+    pick,
+    shadow_scores,
+    shadow_tiles,
+)
 from nmp_train.sim.surface import Surface
+from nmp_train.sim.weather import CAMERAS, Weather
 
-ROUND_KINDS = (3, 5)  # tree crowns and pedestrians are ellipsoids
-GLASS_KIND, BUILDING_KIND = 1, 2
+__all__ = ["Ground", "Solids", "Weather", "render", "solids_from_boxes"]
+
 FAR_M = 1.0e4
-SHADOW_SIDE, SHADOW_CELL_M = 320, 0.3
-STRIP = 100
-"""columns of an image that are traced together on a CPU, against the solids that they can see"""
-
-
-@dataclass
-class Weather:
-    """Light and air, one value per sample: tensors [B] unless said otherwise."""
-
-    sun: Tensor
-    """[B, 3] unit vector towards the sun, map frame"""
-    sunlight: Tensor
-    """strength of the direct light"""
-    ambient: Tensor
-    """strength of the light of the sky"""
-    haze: Tensor
-    """1 / visibility, 1 / m"""
-    headlights: Tensor
-    """0 by day, 1 at night"""
-    wet: Tensor
-    """0 dry .. 1 wet: the ground reflects the sky"""
-    noise: Tensor
-    """standard deviation of the sensor's noise, in 0..1 units"""
-    exposure: Tensor
-    """gain"""
-
-    @classmethod
-    def sample(cls, count: int, generator: torch.Generator, kind: str | None = None) -> Weather:
-        """Draw conditions.
-
-        ``kind`` holds the words rain, night, both or neither (day); None mixes them about 70 : 20 : 10, like nuScenes.
-        """
-
-        def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(count, generator=generator)
-
-        draw = torch.rand(count, generator=generator)
-        rain, night = (draw >= 0.7) & (draw < 0.9), draw >= 0.9
-        if kind is not None:
-            rain, night = (torch.full((count,), word in kind) for word in ("rain", "night"))
-        azimuth, height = uniform(0, 6.2832), uniform(0.3, 1.2)
-        sun = torch.stack([azimuth.cos() * height.cos(), azimuth.sin() * height.cos(), height.sin()], dim=-1)
-        overcast = (torch.rand(count, generator=generator) < 0.35) | rain
-        sunlight = torch.where(overcast, uniform(0.0, 0.25), uniform(0.7, 1.3))
-        ambient = torch.where(overcast, uniform(0.6, 1.0), uniform(0.35, 0.6))
-        return cls(
-            sun=sun,
-            sunlight=torch.where(night, torch.zeros(count), sunlight),
-            ambient=torch.where(night, uniform(0.05, 0.16), ambient),
-            haze=torch.where(rain, uniform(0.008, 0.025), uniform(0.001, 0.006)),
-            headlights=night.float(),
-            wet=torch.where(rain, uniform(0.4, 1.0), torch.zeros(count)),
-            noise=torch.where(night, uniform(0.03, 0.06), uniform(0.005, 0.02)),
-            exposure=uniform(0.75, 1.35) * torch.where(night, uniform(1.6, 2.4), torch.ones(count)),
-        )
-
-    def to(self, device: torch.device | str) -> Weather:
-        return Weather(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+STRIP = 88
+"""widest strip that is traced together, pixels"""
+STRIP_ON_CPU = 176
+"""wider, because each operation on a CPU costs its call"""
+SOLIDS_PER_STRIP, SOLIDS_PER_SHADOW_TILE = 24, 32
+"""solids that a strip or a tile of the shadow map is tested against on a GPU: those that look biggest"""
+HEIGHT_UNIT_M = 0.005
+"""unit of the heights in the top bits of a texel"""
+KERB_M = 0.15
+"""height of kerbs where the ground has none"""
+STONE = 0.40
+LAMP_AHEAD_M, LAMP_HEIGHT_M = 2.0, 0.65
+"""the car's headlights: ahead of the middle of its cameras, and above the road"""
 
 
 @dataclass
@@ -89,11 +70,13 @@ class Ground:
     """Surfaces of one or more cities on one device."""
 
     texels: Tensor
-    """[total] packed RGB of all cities, all levels"""
+    """[total] packed colour and height of all cities, all levels"""
     table: Tensor
     """[cities, levels, 3] int64: offset, rows, cols"""
     origin: Tensor
     """[cities, 3]: x0, y0 (m), texel (m)"""
+    kerb: Tensor
+    """[cities] float32 height of what is raised above the road, m"""
 
     @classmethod
     def of(cls, surfaces: Sequence[Surface], device: torch.device | str = "cpu") -> Ground:
@@ -105,7 +88,16 @@ class Ground:
             torch.cat([s.texels.to(device) for s in surfaces]),
             torch.tensor(table, dtype=torch.int64, device=device),
             torch.tensor([[s.x0, s.y0, s.resolution] for s in surfaces], dtype=torch.float64, device=device),
+            torch.tensor([_kerb_height(s) for s in surfaces], dtype=torch.float32, device=device),
         )
+
+
+def _kerb_height(surface: Surface) -> float:
+    """Return the most common height (m) above the road."""
+    offset, rows, cols = surface.levels[0]
+    counts = torch.bincount((surface.texels[offset : offset + rows * cols : 7] >> 24).clamp(min=0), minlength=128)
+    counts[:4] = 0  # lower than 2 cm is no kerb
+    return float(counts.argmax()) * HEIGHT_UNIT_M if counts.any() else KERB_M
 
 
 @dataclass
@@ -121,10 +113,17 @@ class Solids:
     rgb: Tensor
     """[B, K, 3] 0..1"""
     kind: Tensor
-    """[B, K] int64, as in :mod:`nmp_train.sim.traffic`"""
+    """[B, K] int64, as in :mod:`nmp_train.sim.boxes`"""
 
     def to(self, device: torch.device | str) -> Solids:
         return Solids(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def __getitem__(self, index: Tensor | slice) -> Solids:
+        return Solids(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def pick(self, index: Tensor) -> Solids:
+        """Return the solids ``index`` [B, k] of each sample."""
+        return Solids(**{f.name: pick(getattr(self, f.name), index) for f in fields(self)})
 
 
 def render(
@@ -146,152 +145,364 @@ def render(
     :param city: [B] int64 index into ``ground``
     :param centre: [B, 2] float64, the map position (m) that all relative coordinates refer to
     :param intrinsics: [B, N, 3, 3] for images of ``size``
-    :param map_from_camera: [B, N, 4, 4] float32, translation relative to ``centre``
+    :param map_from_camera: [B, N, 4, 4] float32, translation relative to ``centre``; the first camera looks ahead,
+        where the car's headlights point
     :param size: (width, height), pixels
     :param supersample: rays per pixel edge
+    :param generator: of the sensor's noise
+    :param compiled: fuse the work with ``torch.compile``, for shapes that come again and again
     :return: uint8 [B, N, 3, height, width] RGB
+    :raises NmpError: for more than six cameras
     """
-    width, height = size
-    device = map_from_camera.device
     b, n = intrinsics.shape[:2]
-    s = supersample
-    k_inverse = torch.linalg.inv(intrinsics.double()).float()
-    ray = map_from_camera[..., :3, :3] @ k_inverse  # [B, N, 3, 3]: (u, v, 1) to a direction whose camera depth is 1
-    cast = _compiled(_shadow_map) if compiled else _shadow_map
-    shadow = cast(solids.centre, solids.size, solids.yaw, weather.sun)
-    u = (torch.arange(width * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
-    v = (torch.arange(height * s, device=device, dtype=torch.float32) + 0.5) / s - 0.5
-    trace: Callable[..., Tensor] = _compiled(_trace) if compiled else _trace
-    eye = map_from_camera[..., :3, 3]
-    origin = (centre - ground.origin[city, :2]).float()  # centre relative to the texture's corner
-    texel = ground.origin[city, 2].float()
-    table = ground.table[city]
-    common = (ground.texels, table, origin, texel, shadow)
-    if device.type == "cpu":
+    if n > CAMERAS:
+        raise NmpError(f"cannot render {n} cameras: weather describes {CAMERAS}")
+    device, s = map_from_camera.device, supersample
+    noise = torch.randn(b * n, 3, size[1], size[0], device=device, generator=generator)
+    atlas = drop_atlas(device)
+    batched = compiled or device.type != "cpu"
+    with contextlib.ExitStack() as stack:
+        if not batched:
+            # A thread per strip and per image: they are too small to be worth sharing among threads.
+            stack.enter_context(_one_thread_each())
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        scene = _Scene.of(ground, city, centre, intrinsics, map_from_camera, solids, weather, size, s, compiled)
+        image = (_all_strips(scene, compiled) if batched else _strip_by_strip(scene, pool)).flatten(0, 1)
+        if s > 1:
+            image = functional.avg_pool2d(image, s)
 
-        def one_camera(sample: int, camera: int) -> Tensor:
-            one = slice(sample, sample + 1)
-            columns = []
-            for part in u.split(STRIP * s):
-                chosen = _visible(solids, sample, ray[sample, camera], eye[sample, camera], part, v)
-                columns.append(
-                    trace(
-                        ground.texels,
-                        *(t[one] for t in common[1:]),
-                        ray[one, camera : camera + 1],
-                        eye[one, camera : camera + 1],
-                        part,
-                        v,
-                        *(getattr(solids, f.name)[one, chosen] for f in fields(solids)),
-                        *(getattr(weather, f.name)[one] for f in fields(weather)),
-                        1.0 / s,
-                        bool(_is_round(solids.kind[sample, chosen]).any()),
-                    )
-                )
-            return torch.cat(columns, dim=-1)
+        def finish(part: slice, with_drops: bool = True, with_blur: bool = True) -> Tensor:
+            finisher: Callable[..., Tensor] = _compiled(expose) if compiled else expose
+            names = ("exposure", "metering", "tint", "noise", "blur", "vignette", "saturation", "drops", "drops_at")
+            each = [_per_camera(getattr(weather, name), n)[part] for name in names]
+            return finisher(image[part], noise[part], atlas, *each, with_drops, with_blur)
 
-        # A thread per camera: strips are too small to be worth sharing among threads.
-        jobs = [(sample, camera) for sample in range(b) for camera in range(n)]
-        with _one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            image = torch.cat(list(pool.map(lambda job: one_camera(*job), jobs))).reshape(
-                b, n, 3, height * s, width * s
-            )
-    else:
-        image = trace(
-            *common,
-            ray,
-            eye,
-            u,
-            v,
-            *(getattr(solids, f.name) for f in fields(solids)),
-            *(getattr(weather, f.name) for f in fields(weather)),
-            1.0 / s,
-            True,
+        if batched:
+            done = finish(slice(None))
+        else:
+            drops, blur = (value.flatten(1).any(dim=1).tolist() for value in (weather.drops, weather.blur))
+            jobs = [lambda i=i: finish(slice(i, i + 1), drops[i // n], blur[i // n]) for i in range(b * n)]
+            done = torch.cat(_run(pool, jobs))
+    return done.unflatten(0, (b, n))
+
+
+def _per_camera(value: Tensor, n: int) -> Tensor:
+    """Return values per sample or per sample and camera as [B * N, ...]."""
+    per_sample = value.dim() == 1
+    return (value[:, None].expand(-1, n) if per_sample else value[:, :n]).flatten(0, 1)
+
+
+def _run(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """Run jobs in threads, in the inference mode of the caller, which is otherwise a thread's own."""
+    inference = torch.is_inference_mode_enabled()
+
+    def one(job: Callable[[], Tensor]) -> Tensor:
+        with torch.inference_mode(inference):
+            return job()
+
+    return list(pool.map(one, jobs))
+
+
+@dataclass
+class _Scene:
+    """Everything that strips are traced from. P = B * N * T strips, in the order of samples, cameras and columns."""
+
+    texels: Tensor
+    solids: Solids
+    weather: Weather
+    maps: Tensor
+    """[B, 3, side, side] of :func:`join_tiles`"""
+    lamp_map: Tensor
+    """[B, 2, side, side] of :func:`ground_light`"""
+    lamp_at: Tensor
+    """[B, L, 3]"""
+    lamp_kind: Tensor
+    """[P, L] of :func:`find_lamps`, 0 for lamps that are hidden from the camera"""
+    rays: Tensor
+    """[P, 3, 3]: (column in the strip, row, 1) to a direction whose camera depth is 1"""
+    eyes: Tensor
+    """[P, 3]"""
+    sample: Tensor
+    """[P]"""
+    table: Tensor
+    """[B, levels] offset, rows and columns of each level in one number, see :func:`_pack_table`"""
+    place: Tensor
+    """[B, 4]: centre relative to the texture's corner (x, y), edge of a texel, height of kerbs, m"""
+    car: Tensor
+    """[B, 4]: middle of the cameras (x, y), direction of travel (x, y)"""
+    batch: tuple[int, int, int]
+    """samples, cameras, strips per camera"""
+    strip: tuple[int, int]
+    """width and height of a strip, pixels"""
+    width: int
+    """of an image; the last strip may reach beyond it"""
+    supersample: int
+
+    @classmethod
+    def of(
+        cls,
+        ground: Ground,
+        city: Tensor,
+        centre: Tensor,
+        intrinsics: Tensor,
+        map_from_camera: Tensor,
+        solids: Solids,
+        weather: Weather,
+        size: tuple[int, int],
+        supersample: int,
+        compiled: bool,
+    ) -> _Scene:
+        b, n = intrinsics.shape[:2]
+        device = intrinsics.device
+        batched = compiled or device.type != "cpu"
+        rays, wide = _strips(intrinsics, map_from_camera, size[0], STRIP if batched else STRIP_ON_CPU)
+        t = rays.shape[2]
+        eye = map_from_camera[..., :3, 3]
+        middle = eye.mean(dim=1)
+        ahead = functional.normalize(map_from_camera[:, 0, :2, 2], dim=-1)
+        origin = ground.origin[city]
+        place = torch.cat([(centre - origin[:, :2]).float(), origin[:, 2:].float(), ground.kerb[city][:, None]], dim=-1)
+        at, kind, power, beam_at, beam_way, beam_power = find_lamps(
+            solids.centre, solids.size, solids.yaw, solids.rgb, solids.kind, middle, weather.street
         )
-    if s > 1:
-        image = functional.avg_pool2d(image.flatten(0, 1), s).unflatten(0, (b, n))
-    noise = torch.randn(image.shape, device=device, generator=generator)
-    image = image + weather.noise.view(-1, 1, 1, 1, 1) * noise
-    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+        dark = batched or bool(weather.headlights.any())
+        shine: Callable[..., Tensor] = _compiled(ground_light) if compiled else ground_light
+        lamp_map = shine(at, power, beam_at, beam_way, beam_power) if dark else at.new_zeros(b, 2, 1, 1)
+        return cls(
+            texels=ground.texels,
+            solids=solids,
+            weather=weather,
+            maps=_shadows(solids, weather.sun, batched, compiled),
+            lamp_map=lamp_map,
+            lamp_at=at,
+            lamp_kind=_unhidden(kind, at, eye, solids)[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
+            rays=rays.flatten(0, 2),
+            eyes=eye[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
+            sample=torch.arange(b, device=device).repeat_interleave(n * t),
+            table=_pack_table(ground.table[city]),
+            place=place,
+            car=torch.cat([middle[:, :2], ahead], dim=-1),
+            batch=(b, n, t),
+            strip=(wide, size[1]),
+            width=size[0],
+            supersample=supersample,
+        )
+
+    def columns(self) -> Tensor:
+        return _pixels(0, self.strip[0], self.supersample, self.rays.device)
+
+    def rows(self) -> Tensor:
+        return _pixels(0, self.strip[1], self.supersample, self.rays.device)
+
+    def joined(self, strips: Tensor) -> Tensor:
+        """Put [P, 3, h, w] strips together: [B, N, 3, H, W]."""
+        b, n, t = self.batch
+        whole = strips.view(b, n, t, *strips.shape[1:]).permute(0, 1, 3, 4, 2, 5).flatten(-2)
+        return whole[..., : self.width * self.supersample]
 
 
-def _visible(solids: Solids, sample: int, ray: Tensor, eye: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Return the indices of the solids whose bounding sphere can meet a strip of the image (CPU only)."""
-    offset = solids.centre[sample] - eye
-    radius = solids.size[sample].norm(dim=-1) / 2
-    left, right = (
-        torch.stack([ray @ torch.stack([e, y, torch.ones(())]) for y in (v[0], v[-1])]) for e in (u[0], u[-1])
-    )
-    # planes through the eye and the strip's vertical edges; their normals point into the strip
-    inward_left = torch.linalg.cross(left[1], left[0])
-    inward_right = torch.linalg.cross(right[0], right[1])
-    middle = ray @ torch.stack([u.mean(), v.mean(), torch.ones(())])
-    keep = radius > 0.01
-    for normal in (inward_left, inward_right):
-        normal = normal / normal.norm() * torch.sign((normal * middle).sum())
-        keep &= offset @ normal > -radius
-    keep &= offset @ (middle / middle.norm()) > -radius
-    return keep.nonzero()[:, 0]
+def _strips(intrinsics: Tensor, map_from_camera: Tensor, width: int, widest: int) -> tuple[Tensor, int]:
+    """Cut images into T strips of equal width: their rays [B, N, T, 3, 3], as in :class:`_Scene`, and the width."""
+    t = -(-width // widest)
+    wide = -(-width // t)
+    rays = map_from_camera[..., :3, :3] @ torch.linalg.inv(intrinsics.double()).float()
+    start = torch.arange(t, device=rays.device, dtype=torch.float32) * wide
+    rays = rays[:, :, None].repeat(1, 1, t, 1, 1)
+    rays[..., 2] += rays[..., 0] * start[:, None]
+    return rays, wide
 
 
-def _shadow_map(centre: Tensor, size: Tensor, yaw: Tensor, sun: Tensor) -> Tensor:
-    """Return [B, side, side]: how much of the sun each patch of ground around the centre receives.
+def strip_scores(
+    intrinsics: Tensor, map_from_camera: Tensor, solids: Solids, size: tuple[int, int], wet: bool
+) -> Tensor:
+    """Return [B, N, T, S]: how big each solid looks to each strip of each camera on a GPU, 0 when it is out of view.
 
-    A patch lies in shadow when the line from it towards the sun meets a solid; under a solid it is dark in any light.
+    A strip is traced against the ``SOLIDS_PER_STRIP`` solids that look biggest. Arguments are those of
+    :func:`render`; ``wet`` says whether mirror images are seen as well.
     """
-    axis = (
-        torch.arange(SHADOW_SIDE, device=centre.device, dtype=torch.float32) + 0.5 - SHADOW_SIDE / 2
-    ) * SHADOW_CELL_M
-    per_solid = (slice(None), slice(None), None, None)  # [B, K] to [B, K, 1, 1]
-    half = size / 2
-    top = (centre[..., 2] + half[..., 2]).clamp(min=0)
-    # the shadow of the upper edge, drawn as a footprint that is stretched along the light
-    slope = sun[:, None, :2] / sun[:, None, 2:].clamp(min=0.15)
-    tip_x, tip_y = (slope[..., i] * top * 0.8 for i in range(2))
-    length2 = (tip_x**2 + tip_y**2).clamp(min=1e-3)[per_solid]
-    tip_x, tip_y = tip_x[per_solid], tip_y[per_solid]
-    dx, dy = axis[None, :] - centre[..., 0][per_solid], axis[:, None] - centre[..., 1][per_solid]
-    along = ((-dx * tip_x - dy * tip_y) / length2).clamp(0, 1)
-    px, py = dx + along * tip_x, dy + along * tip_y
-    cos, sin = yaw.cos()[per_solid], yaw.sin()[per_solid]
-    inside = ((cos * px + sin * py).abs() < half[..., 0][per_solid]) & (
-        (-sin * px + cos * py).abs() < half[..., 1][per_solid]
+    rays, wide = _strips(intrinsics, map_from_camera, size[0], STRIP)
+    b, n, t = rays.shape[:3]
+    eyes = map_from_camera[:, :, None, :3, 3].expand(-1, -1, t, -1).flatten(0, 2)
+    sample = torch.arange(b).repeat_interleave(n * t)
+    mirrored = torch.full((b * n * t,), wet)
+    u, v = (torch.tensor([0.0, float(side - 1)]) for side in (wide, size[1]))
+    return _scores(rays.flatten(0, 2), eyes, u, v, solids[sample], mirrored).view(b, n, t, -1)
+
+
+def _pixels(start: int, stop: int, supersample: int, device: torch.device) -> Tensor:
+    # Moved by a trifle: a ray exactly along a face of a solid would divide 0 by 0.
+    s = supersample
+    return (torch.arange(start * s, stop * s, device=device, dtype=torch.float32) + 0.5) / s - 0.49993
+
+
+def _ends(values: Tensor) -> Tensor:
+    return torch.stack([values[0], values[-1]])
+
+
+def _pack_table(table: Tensor) -> Tensor:
+    """Pack offset, rows and columns [..., 3] into one number each, so that a ray looks up one."""
+    return (table[..., 0] << 32) | (table[..., 1] << 16) | table[..., 2]
+
+
+def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
+    """Trace all strips of all samples at once: [B, N, 3, H, W]."""
+    u, v = scene.columns(), scene.rows()
+    wet = scene.weather.wet[scene.sample] > 0
+    score = _scores(scene.rays, scene.eyes, _ends(u), _ends(v), scene.solids[scene.sample], wet)
+    index = score.topk(min(SOLIDS_PER_STRIP, score.shape[1]), dim=1).indices
+    solids = Solids(**{f.name: getattr(scene.solids, f.name)[scene.sample[:, None], index] for f in fields(Solids)})
+    trace: Callable[..., Tensor] = _compiled(_trace) if compiled else _trace
+    strips = trace(*_arguments(scene, slice(None), solids, u, v), True, True, True, True)
+    return scene.joined(strips)
+
+
+def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
+    """Trace strips in threads, the part below the horizon apart from the part above: [B, N, 3, H, W]."""
+    u, v = scene.columns(), scene.rows()
+    slope = scene.rays[:, 2]  # downwards is affine in (u, v, 1)
+    falls = torch.minimum(slope[:, :1] * u[0], slope[:, :1] * u[-1]) + slope[:, 1:2] * v + slope[:, 2:]
+    horizon = (falls >= -1e-4).sum(dim=1).tolist()
+    split = [slice(0, h) for h in horizon], [slice(h, len(v)) for h in horizon]
+    mirrors = scene.weather.wet[scene.sample] > 0
+    index = []
+    for part, mirrored in zip(split, (torch.zeros_like(mirrors), mirrors), strict=True):
+        rows = torch.stack([v[[min(p.start, len(v) - 1), max(p.stop - 1, 0)]] for p in part])
+        score = _scores(scene.rays, scene.eyes, _ends(u), rows, scene.solids[scene.sample], mirrored)
+        index.append([row.nonzero()[:, 0] for row in score])
+    wet, night = ((getattr(scene.weather, name) > 0).tolist() for name in ("wet", "headlights"))
+    samples = scene.sample.tolist()
+    tracer: Callable[..., Tensor] = _trace
+
+    def trace(part: int, p: int) -> Tensor:
+        rows, chosen, sample = split[part][p], index[part][p], samples[p]
+        if rows.start == rows.stop:
+            return u.new_zeros(1, 3, 0, len(u))
+        some = scene.solids[slice(sample, sample + 1)]
+        solids = Solids(**{f.name: getattr(some, f.name)[:, chosen] for f in fields(Solids)})
+        arguments = _arguments(scene, slice(p, p + 1), solids, u, v[rows])
+        flags = (bool(is_round(solids.kind).any()), part == 1, part == 1 and wet[sample], night[sample])
+        return tracer(*arguments, *flags)
+
+    jobs = [lambda p=p: torch.cat([trace(part, p) for part in (0, 1)], dim=2) for p in range(len(samples))]
+    return scene.joined(torch.cat(_run(pool, jobs)))
+
+
+def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of :func:`_trace` but for its flags, for strips ``which`` with their solids [P, K, ...]."""
+    sample = scene.sample[which]
+    whole = which == slice(None)
+    first = int(sample[0]) if not whole else 0
+    some = slice(None) if whole else slice(first, first + 1)  # the samples of these strips
+    w = scene.weather
+    air = (
+        *(getattr(w, name)[sample] for name in ("sun", "sunlight", "ambient", "sun_rgb", "sky_rgb", "clouds")),
+        *(getattr(w, name)[sample] for name in ("haze", "spray", "wet", "headlights", "lamp_rgb", "phase")),
     )
-    lit = torch.where(inside, torch.where(along < 0.02, 0.15, 0.35), 1.0).amin(dim=1)
-    return functional.avg_pool2d(lit[:, None], 3, 1, 1)[:, 0]
+    return (
+        scene.texels,
+        scene.table[sample],
+        scene.place[sample],
+        scene.car[sample],
+        scene.maps[some],
+        scene.lamp_map[some],
+        patterns(u.device),
+        scene.lamp_at[sample],
+        scene.lamp_kind[which],
+        scene.rays[which],
+        scene.eyes[which],
+        u,
+        v,
+        *(getattr(solids, f.name) for f in fields(solids)),
+        *air,
+        1.0 / scene.supersample,
+    )
 
 
-def _texture(texels: Tensor, table: Tensor, x: Tensor, y: Tensor, footprint: Tensor, texel: Tensor) -> Tensor:
-    """Look the ground up at x, y (m from the texture's corner), [B, ...] -> [B, 3, ...] in 0..1."""
-    lead = (-1,) + (1,) * (x.dim() - 1)
-    step = texel.view(lead)
-    levels = table.shape[1]
-    level = torch.log2((footprint / step).clamp(min=1.0)).round().long().clamp(0, levels - 1)
-    batch = torch.arange(x.shape[0], device=x.device).view(lead)
-    entry = table[batch, level]  # [B, ..., 3]
-    offset, rows, cols = entry[..., 0], entry[..., 1], entry[..., 2]
-    scale = step * torch.exp2(level.float())
-    fx, fy = x / scale - 0.5, y / scale - 0.5
-    x0, y0 = fx.floor(), fy.floor()
-    wx, wy = fx - x0, fy - y0
-    total = torch.zeros(x.shape[0], 3, *x.shape[1:], device=x.device)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            xi = torch.minimum((x0.long() + dx).clamp(min=0), cols - 1)
-            yi = torch.minimum((y0.long() + dy).clamp(min=0), rows - 1)
-            packed = texels[offset + yi * cols + xi]
-            weight = ((wx if dx else 1 - wx) * (wy if dy else 1 - wy))[:, None]
-            rgb = torch.stack([packed & 255, (packed >> 8) & 255, (packed >> 16) & 255], dim=1)
-            total = total + weight * rgb.float()
-    return total / 255
+def _shadows(solids: Solids, sun: Tensor, batched: bool, compiled: bool) -> Tensor:
+    """Return the maps of light around each sample, [B, 3, side, side]: see :func:`shadow_tiles`."""
+    edge = SHADOW_SIDE * SHADOW_CELL_M / SHADOW_TILES
+    corner = (torch.arange(SHADOW_TILES, device=sun.device) - SHADOW_TILES / 2) * edge
+    x0, y0 = corner.repeat(SHADOW_TILES), corner.repeat_interleave(SHADOW_TILES)
+    score = shadow_scores(solids.centre, solids.size, sun)
+    b, tiles, count = score.shape
+    if batched:
+        index = score.flatten(0, 1).topk(min(SOLIDS_PER_SHADOW_TILE, count), dim=1).indices
+        sample = torch.arange(b, device=sun.device).repeat_interleave(tiles)
+        names = ("centre", "size", "yaw", "kind")
+        some = [getattr(solids, name)[sample[:, None], index] for name in names]
+        draw: Callable[..., Tensor] = _compiled(shadow_tiles) if compiled else shadow_tiles
+        drawn = draw(x0.repeat(b), y0.repeat(b), *some, sun[sample])
+        return join_tiles(drawn.unflatten(0, (b, tiles)))
+    side = SHADOW_SIDE // SHADOW_TILES
+    out = torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(b, tiles, 3, side, side).clone()
+    for i in range(b):
+        one = solids[slice(i, i + 1)]
+        for tile, row in enumerate(score[i]):
+            chosen = row.nonzero()[:, 0]
+            if len(chosen):
+                out[i, tile] = shadow_tiles(
+                    x0[tile : tile + 1],
+                    y0[tile : tile + 1],
+                    one.centre[:, chosen],
+                    one.size[:, chosen],
+                    one.yaw[:, chosen],
+                    one.kind[:, chosen],
+                    sun[i : i + 1],
+                )[0]
+    return join_tiles(out)
+
+
+def _scores(rays: Tensor, eyes: Tensor, u: Tensor, v: Tensor, solids: Solids, mirrored: Tensor) -> Tensor:
+    """Return [P, S]: how big each solid looks to each strip, 0 when the strip cannot see it.
+
+    :param u: [2] or [P, 2] first and last column; ``v`` likewise the rows
+    :param mirrored: [P] whether to see mirror images below the ground as well
+    """
+    u, v = u.expand(len(rays), 2), v.expand(len(rays), 2)
+    one = torch.ones_like(u[:, 0])
+    around = ((0, 0), (1, 0), (1, 1), (0, 1))
+    corners = [_rotated(rays, torch.stack([u[:, i], v[:, j], one], dim=-1)) for i, j in around]
+    middle = _rotated(rays, torch.stack([u.mean(dim=1), v.mean(dim=1), one], dim=-1))
+    offset = solids.centre - eyes[:, None]
+    half = solids.size / 2
+    cos, sin = solids.yaw.cos(), solids.yaw.sin()
+    seen, seen_mirrored = solids.size[..., 0] > 0, (solids.size[..., 0] > 0) & mirrored[..., None]
+    sunk = -solids.centre[..., 2] - eyes[:, None, 2]
+    # planes through the eye and the edges of the strip; their normals point into the strip
+    normals = [torch.linalg.cross(corners[i], corners[i - 1]) for i in range(4)]
+    for normal in (*normals, middle):
+        normal = normal * torch.sign((normal * middle).sum(dim=-1, keepdim=True))
+        x, y, z = (normal[:, None, i] for i in range(3))
+        reach = (
+            (x * cos + y * sin).abs() * half[..., 0] + (y * cos - x * sin).abs() * half[..., 1] + z.abs() * half[..., 2]
+        )
+        level = offset[..., 0] * x + offset[..., 1] * y + reach
+        seen = seen & (level + offset[..., 2] * z > 0)
+        seen_mirrored = seen_mirrored & (level + sunk * z > 0)
+    looks = half.norm(dim=-1) / (offset.norm(dim=-1) + 0.1)
+    return torch.where(seen | seen_mirrored, looks, 0.0)
+
+
+def _rotated(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _apply(matrix: Tensor, axis: int, u: Tensor, v: Tensor) -> Tensor:
+    """Row ``axis`` of matrix @ (u, v, 1). Written out, because a matrix product would not fuse with what follows."""
+    part = matrix[..., axis, :, None, None]
+    return part[..., 0, :, :] * u + (part[..., 1, :, :] * v[:, None] + part[..., 2, :, :])
 
 
 def _trace(
     texels: Tensor,
     table: Tensor,
-    origin: Tensor,
-    texel: Tensor,
-    shadow: Tensor,
+    place: Tensor,
+    car: Tensor,
+    maps: Tensor,
+    lamp_map: Tensor,
+    pattern: Tensor,
+    lamp_at: Tensor,
+    lamp_kind: Tensor,
     ray: Tensor,
     eye: Tensor,
     u: Tensor,
@@ -304,125 +515,314 @@ def _trace(
     sun: Tensor,
     sunlight: Tensor,
     ambient: Tensor,
+    sun_rgb: Tensor,
+    sky_rgb: Tensor,
+    clouds: Tensor,
     haze: Tensor,
-    headlights: Tensor,
+    spray: Tensor,
     wet: Tensor,
-    _noise: Tensor,
-    exposure: Tensor,
+    headlights: Tensor,
+    lamp_rgb: Tensor,
+    phase: Tensor,
     pixel: float,
     with_round: bool,
+    with_ground: bool,
+    with_mirror: bool,
+    with_lamps: bool,
 ) -> Tensor:
-    """Shade every ray: [B, N, 3, len(v), len(u)], linear 0..1 before noise."""
-    b = ray.shape[0]
-    one = torch.ones((), device=u.device)
-    spread = ray[:, :, None, None]  # [B, N, 1, 1, 3, 3]
-    dx, dy, dz = (_apply(spread, axis, u[None, :], v[:, None]) for axis in range(3))  # each [B, N, h, w]
+    """Trace P strips: radiance [P, 3, len(v), len(u)].
+
+    Arguments are those of the scene per strip, [P, ...], but for ``maps`` and ``lamp_map`` [B, C, side, side] and
+    the shared ``texels``, ``pattern``, ``u`` and ``v``. The flags leave out what no ray of these strips needs:
+    ellipsoids, the ground, its mirror images when it is wet, and light at night.
+    """
+    dx, dy, dz = (_apply(ray, axis, u, v) for axis in range(3))  # each [P, h, w]
     length = (dx * dx + dy * dy + dz * dz).sqrt()
-    per_sample = (-1, 1, 1, 1)
+    ex, ey, ez = (eye[:, i, None, None] for i in range(3))
 
-    # the ground plane z = 0
-    eye_z = eye[..., 2, None, None]
-    down = dz < -1e-4
-    depth_ground = torch.where(down, -eye_z / torch.where(down, dz, -one), FAR_M * one)
-    gx = eye[..., 0, None, None] + depth_ground * dx
-    gy = eye[..., 1, None, None] + depth_ground * dy
-    focal_inverse = ray.norm(dim=2).min(dim=-1).values[..., None, None]  # about 1 / f
-    footprint = depth_ground * focal_inverse * pixel * 1.6
-    albedo = _texture(
-        texels, table, gx + origin[:, 0].view(per_sample), gy + origin[:, 1].view(per_sample), footprint, texel
-    ).permute(0, 2, 1, 3, 4)
-    sx = (gx / SHADOW_CELL_M + SHADOW_SIDE / 2).clamp(0, SHADOW_SIDE - 1).long()
-    sy = (gy / SHADOW_CELL_M + SHADOW_SIDE / 2).clamp(0, SHADOW_SIDE - 1).long()
-    batch = torch.arange(b, device=u.device).view(per_sample)
-    lit = shadow[batch, sy, sx]
-    sun_z = sun[:, 2].view(per_sample)
-    distance = depth_ground * length
-    lamp = headlights.view(per_sample)
-    beam = lamp * 1.1 * torch.exp(-((depth_ground / 16) ** 2))
-    light = ambient.view(per_sample) * (0.6 + 0.4 * lit) + sunlight.view(per_sample) * sun_z * lit + beam
-    colour_ground = albedo * light[:, :, None]
+    def each(value: Tensor) -> Tensor:
+        return value[:, None, None]
 
-    # the sky, brighter towards the horizon
-    up = (dz / length).clamp(0, 1)
-    sky_light = (ambient + 0.4 * sunlight).view(per_sample)
-    sky_tint = torch.tensor([0.85, 0.93, 1.0], device=u.device).view(1, 1, 3, 1, 1)
-    deep = torch.tensor([0.45, 0.62, 0.95], device=u.device).view(1, 1, 3, 1, 1)
-    blue = (up * 2).clamp(max=1)[:, :, None] * (sunlight > 0.3).float().view(-1, 1, 1, 1, 1)
-    sky = sky_light[:, :, None] * (sky_tint * (1 - blue) + deep * blue) * (1 - 0.8 * lamp[:, :, None])
-    mirror = wet.view(per_sample) * (1 + dz / length).clamp(0, 1) ** 4 * 0.8
-    colour_ground = (
-        colour_ground * (1 - mirror[:, :, None]) * (1 - 0.35 * wet.view(-1, 1, 1, 1, 1)) + sky * mirror[:, :, None]
-    )
+    def colour_of(value: Tensor) -> Tensor:
+        return value[:, :, None, None]
 
-    # solids: in its own axes each is the cube [-1, 1]^3 or the unit ball
+    far = torch.full((), FAR_M, device=u.device)
+    # light of the sky: what a horizontal plane receives, and what comes from near the horizon
+    sky_light = ambient + 0.15 * sunlight
+    horizon = colour_of(sky_rgb * (1.6 * sky_light * (1 - 0.55 * headlights))[:, None])
+
     half = (size / 2).clamp(min=1e-3)
+    start, matrix = _axes_of(centre, half, yaw, ray, eye)
+    any_solid = size.shape[1] > 0
+    mirrored = None
+    if any_solid:
+        depths, depths_mirror = _meet(start, matrix, u, v, size, kind, centre, half, with_round, with_mirror)
+        depth_solid, which = depths.min(dim=1)
+        if depths_mirror is not None:
+            mirrored, which_mirror = depths_mirror.min(dim=1)
+    else:
+        depth_solid = far.expand_as(dx)
+
+    if with_ground:
+        down = dz < -1e-4
+        albedo, depth_ground = _ground(texels, table, place, ray, dx, dy, dz, down, ex, ey, ez, pixel)
+        depth_ground = torch.where(down, depth_ground, far)
+        solid = depth_solid < depth_ground
+        depth = torch.minimum(depth_solid, depth_ground)
+    else:
+        down, solid, depth = None, depth_solid < far, depth_solid
+    reached = depth.clamp(max=400.0)
+    px, py, pz = ex + reached * dx, ey + reached * dy, ez + reached * dz
+
+    # the sky, deeper blue upwards, with clouds
+    up = (dz / length).clamp(0.0, 1.0)
+    rise = 0.4 / (up + 0.16)
+    pattern_x, pattern_y = dx / length * rise, dy / length * rise
+    if down is not None:
+        pattern_x = torch.where(down, (px + place[:, 0, None, None]) * (1 / PATTERN_M), pattern_x)
+        pattern_y = torch.where(down, (py + place[:, 1, None, None]) * (1 / PATTERN_M), pattern_y)
+    grid = torch.stack([pattern_grid(pattern_x + each(phase[:, 0])), pattern_grid(pattern_y + each(phase[:, 1]))], -1)
+    shape = px.shape
+    found = functional.grid_sample(pattern, grid.view(1, -1, shape[2], 2), align_corners=False)
+    leaves, puddles, cloud = (found[0, i].view(shape) for i in range(3))
+    cover = ((cloud - 1 + each(clouds * 1.15)) * 4).clamp(0, 1)[:, None]
+    deep = torch.tensor([0.42, 0.60, 0.90], device=u.device)[None, :, None, None]
+    blue = 1 - (1 - deep) * (up * 2.2).clamp(max=1)[:, None]
+    bright = each(0.75 + 0.5 * clouds) + 0.35 * (cloud - 0.5) * each(clouds)
+    sky = horizon * (blue + (bright[:, None] - blue) * cover)
+
+    # light at the place that the ray meets; solids take that of the ground before them
+    back = torch.where(solid, (depth - 0.6).clamp(max=400.0), reached)
+    lx, ly = ex + back * dx, ey + back * dy
+    direct, crown, open_sky = _look_up(maps, lx, ly, SHADOW_SIDE * SHADOW_CELL_M / 2)
+    gaps = torch.where(solid, 0.3, ((leaves - 0.62) * 5).clamp(0, 1))
+    direct = direct * (1 - crown * (1 - 0.8 * gaps))
+    if any_solid:
+        base, lambert, facing_up, shining = _shade(
+            which, depth_solid, start, matrix, u, v, half, kind, rgb, yaw, sun, pattern, with_lamps
+        )
+        direct = torch.where(solid, direct + (1 - direct) * (pz * 0.25).clamp(0, 1), direct)
+        falls = torch.where(solid, lambert, each(sun[:, 2])) if with_ground else lambert
+        # walls see half the sky, and the ground darkens what is close to it
+        wall = 0.62 + 0.25 * facing_up - 0.22 * (1 - pz).clamp(0, 1)
+        sky_share = torch.where(solid, wall, 0.25 + 0.75 * open_sky - 0.25 * crown)
+        surface = torch.where(solid[:, None], base, albedo) if with_ground else base
+    elif with_ground:
+        falls, sky_share, surface = each(sun[:, 2]), 0.25 + 0.75 * open_sky - 0.25 * crown, albedo
+    else:
+        return sky
+    sunny = each(sunlight) * falls * direct
+    light = (each(ambient) * sky_share)[:, None] * colour_of(sky_rgb) + sunny[:, None] * colour_of(sun_rgb)
+    if with_lamps:
+        pool, beams = _look_up(lamp_map, lx, ly, LAMP_SIDE * LAMP_CELL_M / 2)
+        own = _own_headlights(car, px, py, pz, solid)
+        white = each(headlights) * (1.0 * own + 0.5 * beams)
+        light = light + pool[:, None] * colour_of(lamp_rgb) * 1.2 + white[:, None]
+    if with_mirror and with_ground:
+        soaked = (each(wet) * (0.6 + 0.8 * (puddles - 0.5))).clamp(0, 1)
+        light = light * (1 - 0.45 * (soaked * ~solid))[:, None]
+    colour = surface * light
+    if with_lamps and any_solid:
+        warm = torch.tensor([1.0, 0.78, 0.50], device=u.device)[None, :, None, None]
+        colour = colour + (shining * solid * each(headlights))[:, None] * warm
+    if with_mirror and with_ground:
+        # a film of water on rough asphalt mirrors at flat angles, a puddle also at steeper ones
+        pool_of_water = ((puddles - 0.74) * 5 * each(wet)).clamp(0, 1)
+        flat = (1 + dz / length).clamp(0, 1)
+        share = (each(wet) * 0.55 + 0.3 * pool_of_water) * flat**4 + 0.08 * pool_of_water
+        seen = horizon.expand_as(colour)
+        if mirrored is not None:
+            other = _pick_colour(rgb, which_mirror) * (0.6 * horizon)
+            # asphalt is rough: only the foot of a thing is mirrored clearly, but in a puddle all of it
+            height = -(ez + mirrored.clamp(max=400.0) * dz)
+            clear = pool_of_water + (1 - pool_of_water) * 0.85 / (1 + height)
+            seen = seen + torch.where(mirrored < FAR_M, clear, 0.0)[:, None] * (other - seen)
+        share = torch.where(solid, 0.0, share)[:, None]
+        colour = colour + share * (seen - colour)
+    empty = ~solid if down is None else ~(solid | down)
+    colour = torch.where(empty[:, None], sky, colour)
+    low = torch.exp(-0.7 * pz.clamp(min=0))
+    air = torch.exp(-depth * length * (each(haze) + each(spray) * low))
+    air = torch.where(empty, 1.0, air)[:, None]
+    colour = horizon * 0.95 + (colour - horizon * 0.95) * air
+    if with_lamps:
+        on_ground = (down & ~solid) if down is not None else None
+        colour = colour + _glare(ray, eye, u, v, lamp_at, lamp_kind, lamp_rgb, headlights, wet, on_ground, with_mirror)
+    return colour
+
+
+def _unhidden(kind: Tensor, at: Tensor, eye: Tensor, solids: Solids) -> Tensor:
+    """Return the kinds [B, N, L] of lamps ``at`` [B, L, 3], 0 where a solid lies between lamp and eye [B, N, 3]."""
+    turn = _turn(solids.yaw, (solids.size / 2).clamp(min=1e-3))[:, None, :, None]  # [B, 1, K, 1, 3, 3]
+    way = at[:, None] - eye[:, :, None]
+    start = (turn * (eye[:, :, None] - solids.centre[:, None])[:, :, :, None, None]).sum(dim=-1)
+    inside = (turn * way[:, :, None, :, None]).sum(dim=-1)  # [B, N, K, L, 3]
+    inside = torch.where(inside.abs() < 1e-6, 1e-6, inside)
+    middle, reach = -start / inside, 1 / inside.abs()
+    near, far = (middle - reach).amax(dim=-1), (middle + reach).amin(dim=-1)
+    between = (near < far) & (near > 0) & (near < 0.98) & (solids.size[:, None, :, None, 0] > 0)
+    return kind[:, None] * ~between.any(dim=2)
+
+
+def _turn(yaw: Tensor, half: Tensor) -> Tensor:
+    """Return [..., 3, 3] from directions in the map to a solid's axes, in units of its half sizes [..., 3]."""
     cos, sin = yaw.cos(), yaw.sin()
     zero, unit = torch.zeros_like(cos), torch.ones_like(cos)
-    turn = (
-        torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, unit], dim=-1).unflatten(-1, (3, 3)) / half[..., None]
-    )
-    start = (turn[:, None] * (eye[:, :, None] - centre[:, None])[..., None, :]).sum(dim=-1)  # [B, N, K, 3]
-    # [B, N, K, 3, 3]: (u, v, 1) to the ray's direction in the solid's axes
-    matrix = (turn[:, None, ..., None] * ray[:, :, None, None]).sum(dim=-2)
-    if size.shape[1]:
-        depth_solid, which = _nearest_solid(start, matrix, u, v, size, kind, with_round).min(dim=2)
-        base, lambert = _shade_solid(which, depth_solid, start, matrix, u, v, half, kind, rgb, yaw, sun)
-    else:
-        depth_solid, base, lambert = torch.full_like(depth_ground, FAR_M), sky, up
-    beam_solid = lamp * 0.9 * torch.exp(-((depth_solid / 22) ** 2))
-    light_solid = ambient.view(per_sample) * 0.85 + sunlight.view(per_sample) * lambert + beam_solid
-    colour_solid = base * light_solid[:, :, None]
-
-    solid = depth_solid < depth_ground
-    colour = torch.where(solid[:, :, None], colour_solid, torch.where(down[:, :, None], colour_ground, sky))
-    distance = torch.where(solid, depth_solid * length, distance)
-    air = torch.exp(-distance * haze.view(per_sample))
-    nothing = ~solid & ~down
-    air = torch.where(nothing, one, air)
-    veil = sky_light[:, :, None] * sky_tint * (1 - 0.8 * lamp[:, :, None])
-    colour = colour * air[:, :, None] + veil * (1 - air[:, :, None])
-    exposed = colour * exposure.view(-1, 1, 1, 1, 1)
-    return (exposed / (1 + 0.25 * exposed)).clamp(0, 1) ** 0.6  # soft shoulder and display gamma
+    turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, unit], dim=-1).unflatten(-1, (3, 3))
+    return turn / half[..., None]
 
 
-def _apply(matrix: Tensor, axis: int, u: Tensor, v: Tensor) -> Tensor:
-    """Row ``axis`` of matrix @ (u, v, 1). Written out, because a matrix product would not fuse with what follows."""
-    return matrix[..., axis, 0] * u + matrix[..., axis, 1] * v + matrix[..., axis, 2]
+def _axes_of(centre: Tensor, half: Tensor, yaw: Tensor, ray: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rays in each solid's axes, in which it is the cube [-1, 1]^3 or the unit ball.
+
+    :return: [P, K, 3] where the eye is, [P, K, 3, 3] from (u, v, 1) to directions
+    """
+    turn = _turn(yaw, half)
+    start = (turn * (eye[:, None] - centre)[..., None, :]).sum(dim=-1)
+    matrix = (turn[..., None] * ray[:, None, None]).sum(dim=-2)
+    return start, matrix
 
 
-def _nearest_solid(
-    start: Tensor, matrix: Tensor, u: Tensor, v: Tensor, size: Tensor, kind: Tensor, with_round: bool
-) -> Tensor:
-    """Depth at which each ray meets each solid: [B, N, K, h, w], ``FAR_M`` where it does not."""
-    start = start[..., None, None]  # [B, N, K, 3, 1, 1]
-    matrix = matrix[:, :, :, None, None]  # [B, N, K, 1, 1, 3, 3]
-    near, far = torch.full((), -FAR_M, device=u.device), torch.full((), FAR_M, device=u.device)
-    half_b, square, inner = 0.0 * near, 0.0 * near, -torch.ones_like(near)
+def _meet(
+    start: Tensor,
+    matrix: Tensor,
+    u: Tensor,
+    v: Tensor,
+    size: Tensor,
+    kind: Tensor,
+    centre: Tensor,
+    half: Tensor,
+    with_round: bool,
+    with_mirror: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Depth at which each ray meets each solid, [P, K, h, w], and each solid's mirror image below the ground.
+
+    It is ``FAR_M`` where it does not.
+    """
+    one = (..., None, None)
+    there = (size[..., 0] > 0)[one]
+    nears, fars = [], []
+    inverse = start
     for axis in range(3):
-        d = _apply(matrix, axis, u[None, :], v[:, None])
-        d = torch.where(d.abs() < 1e-9, 1e-9, d)
-        inverse = 1 / d
-        middle, reach = -start[:, :, :, axis] * inverse, inverse.abs()
-        near, far = torch.maximum(near, middle - reach), torch.minimum(far, middle + reach)
-        if with_round:
-            half_b = half_b + start[:, :, :, axis] * d
-            square = square + d * d
-            inner = inner + start[:, :, :, axis] ** 2
-    depth = torch.where((near < far) & (near > 0.2), near, FAR_M)
+        inverse = 1 / _apply(matrix, axis, u, v)
+        middle, reach = -start[..., axis][one] * inverse, inverse.abs()
+        nears.append(middle - reach)
+        fars.append(middle + reach)
+    near_xy, far_xy = torch.maximum(nears[0], nears[1]), torch.minimum(fars[0], fars[1])
+    near, far = torch.maximum(near_xy, nears[2]), torch.minimum(far_xy, fars[2])
+    depth = torch.where((near < far) & (near > 0.2) & there, near, FAR_M)
     if with_round:
-        root = half_b * half_b - square * inner
-        ball = (-half_b - root.clamp(min=0).sqrt()) / square
-        depth = torch.where(
-            _is_round(kind)[:, None, :, None, None], torch.where((root > 0) & (ball > 0.2), ball, FAR_M), depth
-        )
-    return torch.where(size[:, None, :, 0, None, None] > 0, depth, FAR_M)
+        gram = matrix.transpose(-1, -2) @ matrix
+        in_u = gram[..., 0, 0][one] * (u * u) + 2 * gram[..., 0, 2][one] * u
+        in_v = (gram[..., 1, 1][one] * (v * v) + 2 * gram[..., 1, 2][one] * v).transpose(-1, -2) + gram[..., 2, 2][one]
+        square = in_u + in_v + gram[..., 0, 1][one] * (2 * u * v[:, None])
+        depth = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, there), depth)
+    if not with_mirror:
+        return depth, None
+    below = start[..., 2] + 2 * centre[..., 2] / half[..., 2]  # the eye above the mirror image
+    middle, reach = -below[one] * inverse, inverse.abs()
+    near, far = torch.maximum(near_xy, middle - reach), torch.minimum(far_xy, middle + reach)
+    mirrored = torch.where((near < far) & (near > 0.2) & there, near, FAR_M)
+    if with_round:
+        start = torch.cat([start[..., :2], below[..., None]], dim=-1)
+        mirrored = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, there), mirrored)
+    return depth, mirrored
 
 
-def _is_round(kind: Tensor) -> Tensor:
-    return (kind == ROUND_KINDS[0]) | (kind == ROUND_KINDS[1])
+def _ball(start: Tensor, matrix: Tensor, square: Tensor, u: Tensor, v: Tensor, there: Tensor) -> Tensor:
+    """Depth [P, K, h, w] at which |start + depth * way| = 1; ``square`` is |way|^2, a polynomial of u and v too."""
+    one = (..., None, None)
+    begin = (start[..., None, :] @ matrix)[..., 0, :]  # [P, K, 3]
+    along = begin[..., 0][one] * u + (begin[..., 1][one] * v[:, None] + begin[..., 2][one])
+    root = along * along - square * (start.square().sum(dim=-1) - 1)[one]
+    depth = -(along + root.clamp(min=0).sqrt()) / square
+    return torch.where((root > 0) & (depth > 0.2) & there, depth, FAR_M)
 
 
-def _shade_solid(
+def _ground(
+    texels: Tensor,
+    table: Tensor,
+    place: Tensor,
+    ray: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dz: Tensor,
+    down: Tensor,
+    ex: Tensor,
+    ey: Tensor,
+    ez: Tensor,
+    pixel: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the colour [P, 3, h, w] and depth [P, h, w] of the ground along each ray.
+
+    Raised ground is as high as the city's kerbs. A ray that passes above raised ground at that height ends on it;
+    one that does not, and is over raised ground at the road's height, has met the kerb's face in between.
+    """
+    texel, kerb = place[:, 2, None, None], place[:, 3, None, None]
+    raised_units = (kerb * (0.5 / HEIGHT_UNIT_M)).int()
+    per_metre = 1 / torch.where(down, -dz, 1.0)  # depth per metre of descent
+    zero, top = ez * per_metre, (ez - kerb) * per_metre
+    focal_inverse = ray.norm(dim=1).min(dim=-1).values[:, None, None]  # about 1 / f
+    footprint = zero * (focal_inverse * (1.6 * pixel) / texel)
+    level = torch.log2(footprint.clamp(min=1.0)).round().clamp(max=table.shape[1] - 1)
+    entry = table[torch.arange(len(table), device=level.device)[:, None, None], level.long()]
+    offset, rows, cols = entry >> 32, ((entry >> 16) & 0xFFFF).int(), (entry & 0xFFFF).int()
+    per_texel = torch.exp2(-level) / texel
+    ox, oy = ex + place[:, 0, None, None], ey + place[:, 1, None, None]
+
+    def index(x: Tensor, y: Tensor) -> Tensor:
+        x = torch.minimum(x.clamp(min=0), cols - 1)
+        y = torch.minimum(y.clamp(min=0), rows - 1)
+        return offset + (y * cols + x)
+
+    x, y = (ox + top * dx) * per_texel, (oy + top * dy) * per_texel
+    on_top = (texels[index(x.int(), y.int())] >> 24) >= raised_units
+    depth = torch.where(on_top, top, zero)
+    x, y = (ox + depth * dx) * per_texel - 0.5, (oy + depth * dy) * per_texel - 0.5
+    x0, y0 = x.floor(), y.floor()
+    # Bilinear in integers, two channels in each: weights have 8 bits and sum to 256.
+    wx, wy = ((x - x0) * 256).int(), ((y - y0) * 256).int()
+    both = (wx * wy) >> 8
+    left, upper = x0.int(), y0.int()
+    odd = even = torch.zeros_like(both)
+    for i, j, weight in ((0, 0, 256 - wx - wy + both), (1, 0, wx - both), (0, 1, wy - both), (1, 1, both)):
+        packed = texels[index(left + i, upper + j)]
+        even = even + (packed & 0xFF00FF) * weight
+        odd = odd + ((packed >> 8) & 0x7F00FF) * weight
+    rgb = torch.stack([even & 0xFFFF, odd & 0xFFFF, (even >> 16) & 0xFFFF], dim=1) * (1 / 65280)
+    face = ~on_top & ((odd >> 24) >= raised_units)
+    depth = torch.where(face, 0.5 * (top + zero), depth)
+    return torch.where(face[:, None], STONE, rgb), depth
+
+
+def _look_up(maps: Tensor, x: Tensor, y: Tensor, reach: float) -> tuple[Tensor, ...]:
+    """Look [B, C, n, n] maps up at x, y [P, h, w] (m from the sample's centre): C times [P, h, w]."""
+    b, c = maps.shape[:2]
+    p, h, w = x.shape
+    grid = torch.stack([x, y], dim=-1) * (1 / reach)
+    found = functional.grid_sample(maps, grid.view(b, -1, w, 2), padding_mode="border", align_corners=False)
+    return tuple(found[:, i].reshape(p, h, w) for i in range(c))
+
+
+def _own_headlights(car: Tensor, px: Tensor, py: Tensor, pz: Tensor, solid: Tensor) -> Tensor:
+    """Light [P, h, w] of the car's dipped headlights: on the road, and on what stands on it below their cut-off."""
+    x, y, way_x, way_y = (car[:, i, None, None] for i in range(4))
+    dx, dy = px - x, py - y
+    ahead, aside = dx * way_x + dy * way_y - LAMP_AHEAD_M, dy * way_x - dx * way_y
+    ground = headlight(ahead, aside)
+    # what stands upright faces the beam and is lit farther
+    cut = torch.where(pz > LAMP_HEIGHT_M + 0.1, 0.10, 1.0)
+    upright = headlight(ahead * 0.5, aside * 0.5) * cut
+    return torch.where(solid, upright, ground)
+
+
+def _pick_colour(rgb: Tensor, which: Tensor) -> Tensor:
+    """Take the colours [P, K, 3] of the solids ``which`` [P, h, w]: [P, 3, h, w]."""
+    batch = torch.arange(len(rgb), device=rgb.device)[:, None, None]
+    return rgb[batch, which].permute(0, 3, 1, 2)
+
+
+def _shade(
     which: Tensor,
     depth: Tensor,
     start: Tensor,
@@ -434,40 +834,115 @@ def _shade_solid(
     rgb: Tensor,
     yaw: Tensor,
     sun: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Colour [B, N, 3, h, w] and lambert factor [B, N, h, w] of the solid that each ray meets."""
-    b, n = which.shape[:2]
-    batch = torch.arange(b, device=which.device).view(-1, 1, 1, 1)
-    camera = torch.arange(n, device=which.device).view(1, -1, 1, 1)
-    chosen = matrix[batch, camera, which]  # [B, N, h, w, 3, 3]
-    begin = start[batch, camera, which]
-    far = depth.clamp(max=FAR_M / 2)
-    # on the unit cube or ball
-    point = torch.stack([begin[..., i] + far * _apply(chosen, i, u[None, :], v[:, None]) for i in range(3)], dim=2)
-    k, colour, size = kind[batch, which], rgb[batch, which], half[batch, which]
-    angle = yaw[batch, which]
-    x, y, z = point.unbind(2)
-    biggest = point.abs().amax(dim=2, keepdim=True)
-    cube_normal = torch.where(point.abs() >= biggest - 1e-5, torch.sign(point), torch.zeros_like(point))
-    normal = torch.where(_is_round(k)[:, :, None], point, cube_normal)
-    normal = normal / normal.norm(dim=2, keepdim=True).clamp(min=1e-6)
-    cos, sin = angle.cos(), angle.sin()
-    nx, ny = cos * normal[:, :, 0] - sin * normal[:, :, 1], sin * normal[:, :, 0] + cos * normal[:, :, 1]
-    s = sun.view(b, 1, 3, 1, 1)
-    lambert = (nx * s[:, :, 0] + ny * s[:, :, 1] + normal[:, :, 2] * s[:, :, 2]).clamp(min=0)
-    on_side = normal[:, :, 2].abs() < 0.5
-    # glass in the sides of cabins; wheels and a dark sill in bodies; windows in facades
-    glass = (k == GLASS_KIND) & on_side & (z > -0.7) & (z < 0.75)
-    wheel = (k == 0) & on_side & (z < -0.45) & ((x.abs() - 0.62).abs() < 0.16)
-    metric_x = torch.where(normal[:, :, 0].abs() > 0.5, y * size[..., 1], x * size[..., 0])
-    metric_z = (z + 1) * size[..., 2]
-    window = (
-        (k == BUILDING_KIND) & on_side & ((metric_x % 3.2) < 1.7) & ((metric_z % 3.3) > 1.1) & ((metric_z % 3.3) < 2.7)
+    pattern: Tensor,
+    with_lamps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return colour [P, 3, h, w], share of sunlight, upward part of the normal and light of windows, [P, h, w]."""
+    p = len(which)
+    batch = torch.arange(p, device=which.device)[:, None, None]
+    # one row of numbers for each solid, gathered together
+    sun_axes = torch.stack(
+        [sun[:, :1] * yaw.cos() + sun[:, 1:2] * yaw.sin(), sun[:, 1:2] * yaw.cos() - sun[:, :1] * yaw.sin()], dim=-1
     )
-    dark = glass | wheel | window
-    leaf = ((x * 7.3).sin() * (y * 8.1).sin() + (z * 9.7).sin() * (x * 5.1 + y * 4.3).sin()) * 0.22
-    tone = torch.where(dark, 0.22, 1.0) + torch.where(k == 3, leaf, torch.zeros_like(leaf))
-    return colour.permute(0, 1, 4, 2, 3) * tone[:, :, None], lambert
+    numbers = torch.cat([start, matrix.flatten(-2), half, rgb, sun_axes, kind[..., None].float()], dim=-1)
+    row = numbers[batch, which]  # [P, h, w, 21]
+    near = depth.clamp(max=400.0)
+    column = v[:, None]
+    x, y, z = (
+        row[..., i] + near * (row[..., 3 + 3 * i] * u + row[..., 4 + 3 * i] * column + row[..., 5 + 3 * i])
+        for i in range(3)
+    )
+    hx, hy, hz = (row[..., 12 + i] for i in range(3))
+    colour = row[..., 15:18].permute(0, 3, 1, 2)
+    what = row[..., 20]
+    round_ = (what == float(CROWN)) | (what == float(PEDESTRIAN))
+    ax, ay, az = x.abs(), y.abs(), z.abs()
+    biggest = torch.maximum(torch.maximum(ax, ay), az) - 1e-5
+    on_x, on_y, on_z = ax >= biggest, ay >= biggest, az >= biggest
+    nx, ny, nz = (torch.where(round_, c, torch.where(on, c.sign(), 0.0)) for c, on in ((x, on_x), (y, on_y), (z, on_z)))
+    lambert = (nx * row[..., 18] + ny * row[..., 19] + nz * sun[:, 2, None, None]).clamp(0, 1)
+    side = nz.abs() < 0.5
+    # glass in the sides of cabins; wheels in bodies; windows in facades
+    glass = (what == float(CABIN)) & (z > -0.7) & (z < 0.75)
+    wheel = (what == float(BODY)) & (z < -0.45) & ((ax - 0.62).abs() < 0.16)
+    along = torch.where(on_x, y * hy, x * hx)
+    over = (z + 1) * hz
+    column_m, storey = along * (1 / 3.2), over * (1 / 3.3)
+    column_i, storey_i = column_m.floor(), storey.floor()
+    part_u, part_v = column_m - column_i, storey - storey_i
+    window = (what == float(BUILDING)) & (part_u < 0.53) & (part_v > 0.33) & (part_v < 0.82)
+    dark = (glass | wheel | window) & side
+    dice = column_i * 0.7548 + storey_i * 0.5698 + (hx + hy) * 3.1
+    dice = dice - dice.floor()
+    # leaves of crowns, dirt on walls, both lost in the distance
+    skin_x = torch.where(round_, x * hx + 0.7 * y * hy, along)
+    skin_y = torch.where(round_, z * hz + 0.5 * y * hy, over)
+    grid = torch.stack([pattern_grid(skin_x * 0.16 + hx), pattern_grid(skin_y * 0.16 + hy)], dim=-1)
+    found = functional.grid_sample(pattern, grid.view(1, -1, grid.shape[2], 2), align_corners=False)
+    leaf, _, dirt = (found[0, i].view(x.shape) - 0.5 for i in range(3))
+    rough = torch.where(what > float(CABIN), 0.3 * dirt, 0.0)
+    rough = torch.where(what == float(CROWN), 1.3 * leaf + 0.5 * dirt, rough) / (1 + (near * 0.02) ** 2)
+    tone = torch.where(dark, torch.where(window, 0.12 + 0.5 * dice * dice, 0.16), 1.0 + rough)
+    shining = torch.zeros_like(tone)
+    if with_lamps:
+        shining = torch.where(window & side & (dice < 0.22), 0.3, 0.0)
+    return colour * tone[:, None], lambert, nz.clamp(min=0), shining
+
+
+def _glare(
+    ray: Tensor,
+    eye: Tensor,
+    u: Tensor,
+    v: Tensor,
+    at: Tensor,
+    kind: Tensor,
+    lamp_rgb: Tensor,
+    headlights: Tensor,
+    wet: Tensor,
+    on_ground: Tensor | None,
+    with_mirror: bool,
+) -> Tensor:
+    """Light [P, 3, h, w] that lamps [P, L, 3] spread over the image, and their streaks on wet ground."""
+    inverse = _inverse(ray)
+    way = at - eye[:, None]
+
+    def project(direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pixel = (inverse[:, None] * direction[..., None, :]).sum(dim=-1)
+        depth = pixel[..., 2].clamp(min=0.3)
+        return pixel[..., 0] / depth, pixel[..., 1] / depth, pixel[..., 2]
+
+    lu, lv, depth = project(way)
+    shown = (kind > 0) & (depth > 0.5)
+    focal = 1 / ray.norm(dim=1).min(dim=-1).values
+    distance = way.norm(dim=-1).clamp(min=1.0)
+    bulb = torch.where(kind == 1, 0.16, torch.where(kind == 2, 0.09, 0.06))
+    radius = (focal[:, None] * bulb / distance).clamp(min=0.5)
+    power = torch.where(kind == 1, 5.0, torch.where(kind == 2, 7.0, 0.8)) * (shown * headlights[:, None])
+    # one that is smaller than a pixel is as much dimmer
+    power = power * (focal[:, None] * bulb / distance / radius) ** 1.3
+    white, red = (torch.tensor(c, device=u.device) for c in ([1.0, 0.96, 0.88], [1.0, 0.10, 0.06]))
+    tint = torch.where((kind == 1)[..., None], lamp_rgb[:, None], torch.where((kind == 2)[..., None], white, red))
+    strength = power[..., None] * tint  # [P, L, 3]
+    one = (..., None, None)
+    across = (u - lu[one]) ** 2
+    spread = (across + (v[:, None] - lv[one]) ** 2) / (radius * radius)[one]
+    blob = (1 + spread) ** -1.5
+    total = [(strength[..., i][one] * blob).sum(dim=1) for i in range(3)]
+    if with_mirror and on_ground is not None:
+        sunk = torch.stack([at[..., 0], at[..., 1], -at[..., 2]], dim=-1) - eye[:, None]
+        mu, mv, _ = project(sunk)
+        tall = (0.35 * (mv - lv).abs() + radius)[one]
+        spread = (u - mu[one]) ** 2 / (radius * radius * 2.0)[one] + (v[:, None] - mv[one]) ** 2 / (tall * tall)
+        streak = (1 + spread) ** -1.5 * (0.10 * wet[:, None, None] * on_ground)[:, None]
+        total = [t + (strength[..., i][one] * streak).sum(dim=1) for i, t in enumerate(total)]
+    return torch.stack(total, dim=1)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Invert [P, 3, 3]."""
+    a, b, c = matrix.unbind(-1)  # columns
+    rows = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-2)
+    return rows / (a * torch.linalg.cross(b, c)).sum(dim=-1)[..., None, None]
 
 
 @contextlib.contextmanager
@@ -495,9 +970,11 @@ def solids_from_boxes(
     about: np.ndarray,
     limit: int,
 ) -> Solids:
-    """Pack the ``limit`` solids nearest to ``about`` [2] (m) into a [1, limit] batch, relative to ``about``."""
+    """Pack the ``limit`` solids that matter most at ``about`` [2] (m) into a [1, limit] batch, relative to it."""
+    radius = np.linalg.norm(size, axis=1) / 2
     distance = np.linalg.norm(centre[:, :2] - about, axis=1) - np.linalg.norm(size[:, :2], axis=1) / 2
-    order = np.argsort(distance, kind="stable")[:limit]
+    # A building far away shows more than a cone that is nearer, but what is near matters most.
+    order = np.argsort((np.maximum(distance, 0) + 3.0) / np.sqrt(np.maximum(radius, 1e-3)), kind="stable")[:limit]
 
     def pack(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         out = torch.zeros(1, limit, *values.shape[1:], dtype=dtype)

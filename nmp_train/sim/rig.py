@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, Camera
-from nmp.geometry import transform_from
+from nmp.geometry import Array, transform_from
 
 IMAGE_SIZE = (1600, 900)
 """width, height of the original images, pixels"""
@@ -29,6 +32,18 @@ CAMERA_PERIOD_S = 1 / 12
 
 KEYFRAME_PERIOD_S = 0.5
 """time between samples"""
+
+# How much one car's calibration differs from log to log (standard deviations). The cameras of the two cars below
+# differ by about 1.3 degrees, 3 cm, 0.7 % and 20 pixels: more, because they were mounted twice.
+ROTATION_STD_DEG = 0.5
+"""about each axis of a camera, degrees"""
+POSITION_STD_M = 0.015
+FOCAL_STD = 0.005
+"""share of the focal length"""
+CENTRE_STD_PX = 8.0
+"""of the principal point, pixels at ``IMAGE_SIZE``"""
+WORST = 2.5
+"""nothing strays farther than this many standard deviations"""
 
 # Per vehicle and camera: translation (m), rotation [w x y z], focal length and principal point (pixels at 1600 x 900).
 _Row = tuple[tuple[float, float, float], tuple[float, float, float, float], tuple[float, float, float]]
@@ -105,6 +120,28 @@ def nuscenes_rig(vehicle: str = "n015") -> tuple[Camera, ...]:
     if vehicle not in _RIGS:
         raise NmpError(f"unknown vehicle {vehicle!r}: the rigs are {', '.join(sorted(_RIGS))}")
     return tuple(_camera(name, *_RIGS[vehicle][name]) for name in CAMERAS)
+
+
+def log_rig(vehicle: str, seed: int) -> tuple[Camera, ...]:
+    """Return the cameras of a nuScenes car as if it had been calibrated anew for one log.
+
+    Each camera is turned, moved and refocused a little around :func:`nuscenes_rig`; the same (vehicle, seed) gives
+    the same rig. Raises :class:`NmpError` for an unknown vehicle.
+    """
+    rng = np.random.default_rng((seed, 31, *vehicle.encode()))
+
+    def stray(std: float, count: int) -> Array:
+        return np.asarray(std * np.clip(rng.normal(size=count), -WORST, WORST))
+
+    cameras = []
+    for camera in nuscenes_rig(vehicle):
+        pose, intrinsics = camera.base_from_camera.copy(), camera.intrinsics.copy()
+        pose[:3, :3] = pose[:3, :3] @ Rotation.from_euler("xyz", stray(ROTATION_STD_DEG, 3), degrees=True).as_matrix()
+        pose[:3, 3] += stray(POSITION_STD_M, 3)
+        intrinsics[[0, 1], [0, 1]] *= 1 + stray(FOCAL_STD, 1)
+        intrinsics[:2, 2] += stray(CENTRE_STD_PX, 2)
+        cameras.append(replace(camera, intrinsics=intrinsics, base_from_camera=pose))
+    return tuple(cameras)
 
 
 def _camera(

@@ -1,34 +1,59 @@
 """The ground of a city as a texture: asphalt, markings, kerbs and pavements painted from the map.
 
-A surface is a pyramid of RGB images in the map frame, so that the renderer can look up distant ground
-without aliasing.
+A surface is a pyramid of RGB images with heights in the map frame, so that the renderer can look up distant
+ground without aliasing. What is painted at a place depends on the city, the seed and the place only: surfaces of
+two drives through one city agree where they overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import shapely
 import torch
 from numpy.typing import NDArray
-from shapely import ops
-from shapely.geometry import LineString
+from shapely import STRtree
 from shapely.geometry.base import BaseGeometry
 from torch import Tensor
 
 from nmp.citymap import CityMap, IndexedGeometries
+from nmp.errors import NmpError
+from nmp_train.sim.clutter import Clutter
+from nmp_train.sim.ground import Image, Noise, Window, cover, paint_marks
+from nmp_train.sim.kerbs import mark_kerbs
+from nmp_train.sim.markings import mark_crossings, mark_dividers, mark_ghosts
+from nmp_train.sim.marks import IndexedMarks, Layer, Marks
+from nmp_train.sim.roadside import EDGE_M, RoadSide
+from nmp_train.sim.unmapped import mark_crossing_surroundings, mark_junctions, mark_lanes, mark_roadsides
+from nmp_train.sim.wear import mark_concrete, mark_lengthwise, mark_spots
 
 LEVELS = 6
-SUBPIXEL_BITS = 6
-
-Image = NDArray[np.float32]
+HEIGHT_SHIFT, HEIGHT_MAX, HEIGHT_UNIT_M = 24, 127, 0.005
+BLOCK = 1 << (LEVELS - 1)
+"""surfaces begin and end at multiples of this many texels, so that all levels of two surfaces agree"""
+WINDOW = 640
+"""edge of what is painted at once, texels: what it needs fits into a cache"""
+REACH_M = 6.0
+"""the distance from the road is known this far"""
+MARGIN_M = 40.0
+"""marks of geometries this far outside are drawn as well; none reaches further"""
+RAMP_M = 1.0
+"""a kerb goes down over this length"""
+LAWN, SOIL, SLAB, TARRED, RIM, PLAZA = range(6)
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A painted ground: RGB packed into one int32 per texel, all pyramid levels behind each other."""
+    """A painted ground: colour and height packed into one int32 per texel, all pyramid levels behind each other.
+
+    Bits 0..23 are red + 256 green + 65536 blue (0..255 each). Bits 24..30 are the height of the ground above the
+    road in units of 5 mm: 0 on roads and where a kerb is lowered, 24..30 (12 to 15 cm, one kerb height per city)
+    beside them. Texels of coarser levels hold averages of both.
+    """
 
     x0: float
     y0: float
@@ -36,7 +61,7 @@ class Surface:
     resolution: float
     """edge of a texel of level 0, m"""
     texels: Tensor
-    """[total] int32: red + 256 green + 65536 blue"""
+    """[total] int32: red + 256 green + 65536 blue + 2^24 height"""
     levels: tuple[tuple[int, int, int], ...]
     """(offset, rows, cols) of each level in ``texels``; rows run along y, columns along x"""
 
@@ -45,215 +70,206 @@ class Surface:
 
 
 def paint_surface(
-    city: CityMap, bounds: tuple[float, float, float, float], seed: int, resolution: float = 0.1
+    city: CityMap,
+    bounds: tuple[float, float, float, float],
+    seed: int,
+    resolution: float = 0.1,
+    *,
+    ghosts: Sequence[BaseGeometry] = (),
+    difficulty: float = 1.0,
+    clutter: Clutter | None = None,
 ) -> Surface:
-    """Paint the ground of a city inside ``bounds`` (x0, y0, x1, y1 in the map frame, m)."""
-    x0, y0, x1, y1 = bounds
-    painter = _Painter(x0, y0, round((x1 - x0) / resolution), round((y1 - y0) / resolution), resolution, seed)
-    return painter.paint(city)
+    """Paint the ground of a city inside ``bounds`` (x0, y0, x1, y1 in the map frame, m).
+
+    The surface covers at least ``bounds``; it begins and ends at multiples of 32 texels. Give the whole city, not a
+    part of it: what lies at a place must not depend on where the map was cut. The outlines of the last cities are
+    remembered, so further surfaces of them cost their own area only.
+
+    :param resolution: edge of a texel, m
+    :param ghosts: lines and polygons that the map had once (map frame, m): painted as blacked-out traces
+    :param difficulty: strength of everything that does not agree with the map, see :class:`Clutter`
+    :param clutter: its shares and densities at difficulty 1; None takes the defaults
+    :raise NmpError: when ``bounds`` are empty or a parameter is out of range
+    """
+    if not (bounds[2] > bounds[0] and bounds[3] > bounds[1]):
+        raise NmpError(f"bounds {bounds} of a surface are empty: give x0 < x1 and y0 < y1, in metres")
+    if not 0.02 <= resolution <= 1:
+        raise NmpError(f"resolution {resolution:g} m of a surface is out of range: choose 0.02 to 1 m")
+    strengths = (clutter or Clutter()).scaled(difficulty)
+    step = resolution * BLOCK
+    low = [int(np.floor(v / step + 1e-6)) * BLOCK for v in bounds[:2]]
+    high = [int(np.ceil(v / step - 1e-6)) * BLOCK for v in bounds[2:]]
+    whole = Window(low[0], low[1], high[0] - low[0], high[1] - low[1], resolution)
+    plan = _Plan(city, whole, seed, strengths, ghosts)
+    packed = np.zeros((whole.rows, whole.cols, 4), np.uint8)
+    for window in _windows(whole):
+        block = packed[window.row - whole.row :, window.col - whole.col :][: window.rows, : window.cols]
+        plan.paint(window, block)
+    return _pyramid(packed, whole)
 
 
-class _Painter:
-    def __init__(self, x0: float, y0: float, cols: int, rows: int, resolution: float, seed: int) -> None:
-        self.x0, self.y0, self.res = x0, y0, resolution
-        self.shape = (rows, cols)
-        self.rng = np.random.default_rng(seed)
+def _windows(whole: Window) -> Iterator[Window]:
+    rows, cols = (max(1, round(n / WINDOW)) for n in (whole.rows, whole.cols))
+    across, along = np.linspace(0, whole.rows, rows + 1).astype(int), np.linspace(0, whole.cols, cols + 1).astype(int)
+    for a, b in zip(across[:-1], across[1:], strict=True):
+        for c, d in zip(along[:-1], along[1:], strict=True):
+            yield Window(whole.col + int(c), whole.row + int(a), int(d - c), int(b - a), whole.resolution)
 
-    def paint(self, city: CityMap) -> Surface:
-        rng = self.rng
-        road = self._fill([*city.road_segments.geometries, *city.lanes.geometries])
-        walk = self._fill(list(city.walkways.geometries))
-        ground = self._noise(8.0) * 0.5 + self._noise(0.7) * 0.5
-        rgb = self._tint(ground, rng.uniform([0.20, 0.26, 0.12], [0.36, 0.38, 0.22]), 0.35)
-        # Pavements of real cities are rarely all mapped: a strip along every kerb is paved as well.
-        apron = cv2.dilate(road, np.ones((2 * round(2.5 / self.res) + 1,) * 2, np.uint8))
-        paved = np.maximum(walk, (apron * (self._noise(25.0) > -0.3)).astype(np.uint8))
-        self._blend(rgb, paved, self._tint(self._noise(1.5), rng.uniform(0.38, 0.6) * np.ones(3), 0.15))
-        del walk, apron, paved
-        base = rng.uniform(0.16, 0.34)
-        asphalt = self._noise(0.15) * 0.25 + self._noise(1.0) * 0.2 + self._noise(12.0) * 0.55
-        patches = np.round(self._noise(6.0) * 1.2) * 0.08  # repaired rectangles differ in tone
-        self._blend(rgb, road, self._tint(asphalt + patches, base * np.array([1.0, 1.0, 1.04]), 0.22))
-        del asphalt, patches
-        self._tar_lines(rgb, road, city)
-        wear = self._noise(0.4) * 0.5 + self._noise(5.0) * 0.5
-        self._kerbs(rgb, city)
-        self._crossings(rgb, city, wear)
-        self._dividers(rgb, city, wear)
-        return self._pyramid(rgb)
 
-    # -- primitives ------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=2)
+def _roadside(city: CityMap) -> RoadSide:
+    return RoadSide(city)
 
-    def _pixels(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        scaled = (np.asarray(points)[:, :2] - [self.x0, self.y0]) / self.res - 0.5
-        return np.round(scaled * (1 << SUBPIXEL_BITS)).astype(np.int32)
 
-    def _fill(self, polygons: list[BaseGeometry]) -> NDArray[np.uint8]:
-        mask = np.zeros(self.shape, np.uint8)
-        union = ops.unary_union(polygons)
-        for part in getattr(union, "geoms", [union]):
-            if part.geom_type == "Polygon" and not part.is_empty:
-                rings = [self._pixels(np.array(r.coords)) for r in (part.exterior, *part.interiors)]
-                cv2.fillPoly(mask, rings, (255,), lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
-        return mask
+class _Plan:
+    """Everything that lies on the ground of one city in and around a region, ready to be painted there."""
 
-    def _noise(self, scale_m: float) -> Image:
-        """Smooth noise of about unit deviation with features of the given size (m)."""
-        rows, cols = (max(2, int(n * self.res / scale_m) + 2) for n in self.shape)
-        coarse = self.rng.standard_normal((rows, cols)).astype(np.float32)
-        return np.asarray(cv2.resize(coarse, self.shape[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
-
-    @staticmethod
-    def _tint(noise: Image, rgb: NDArray[np.float64], contrast: float) -> Image:
-        shade = np.clip(1 + contrast * noise, 0.3, 1.9)
-        return (shade[..., None] * rgb.astype(np.float32)).astype(np.float32)
-
-    @staticmethod
-    def _blend(rgb: Image, mask: NDArray[np.uint8], other: Image) -> None:
-        alpha = mask.astype(np.float32)[..., None] / 255
-        rgb += alpha * (other - rgb)
-
-    def _stroke(
-        self,
-        rgb: Image,
-        lines: list[NDArray[np.float64]],
-        width_m: float,
-        colour: NDArray[np.float64],
-        opacity: Image | float,
+    def __init__(
+        self, city: CityMap, whole: Window, seed: int, clutter: Clutter, ghosts: Sequence[BaseGeometry]
     ) -> None:
-        """Draw polylines (map frame, m) with antialiasing, touching only the pixels around them."""
-        for line in _pieces(lines):
-            pixels = self._pixels(line)
-            pad = round(width_m / self.res) + 3
-            low = np.maximum((pixels.min(axis=0) >> SUBPIXEL_BITS) - pad, 0)
-            high = np.minimum((pixels.max(axis=0) >> SUBPIXEL_BITS) + pad, self.shape[::-1])
-            if (high <= low).any():
-                continue
-            mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-            shifted = pixels - (low << SUBPIXEL_BITS).astype(np.int32)
-            thickness = max(1, round(width_m / self.res))
-            cv2.polylines(mask, [shifted], False, (255,), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
-            block = (slice(low[1], high[1]), slice(low[0], high[0]))
-            alpha = mask.astype(np.float32) / 255 * (opacity if isinstance(opacity, float) else opacity[block])
-            rgb[block] += alpha[..., None] * (colour.astype(np.float32) - rgb[block])
+        self.clutter, self.noise = clutter, Noise(seed)
+        rng = np.random.default_rng((seed, 21))
+        # Whatever reaches into the window is drawn whole, from geometries that are not cut.
+        self.asphalt = rng.uniform(0.16, 0.3) * np.array([1.0, 1.0, 1.03])
+        side, marks, region = _roadside(city), Marks(self.asphalt), whole.region(MARGIN_M)
+        axes = side.axes_near(region)
+        edges = mark_kerbs(marks, city, side, region, clutter, seed)
+        mark_concrete(marks, axes, clutter, seed)
+        mark_lengthwise(marks, city, side, region, clutter, seed)
+        mark_spots(marks, side, region, clutter, seed)
+        mark_ghosts(marks, ghosts, clutter, seed)
+        mark_roadsides(marks, city, side, region, clutter, seed)
+        mark_junctions(marks, city, side, region, clutter, seed)
+        mark_crossing_surroundings(marks, city, side, region, clutter, seed)
+        mark_lanes(marks, city, side, axes, clutter, seed)
+        ramps = mark_crossings(marks, city, side, region, clutter, seed)
+        mark_dividers(marks, city, side, region, clutter, seed)
+        self.marks: IndexedMarks = marks.indexed()
+        # Short edges: cut at a window's border, none of them changes its slope inside.
+        self.road = shapely.clip_by_rect(side.segmented, *whole.region(2 * MARGIN_M).bounds)
+        self.walks = _Group(city.walkways.near(region))
+        self.openings = _Group([*edges.openings])
+        self.level = _Group([*edges.flush, *edges.openings, *ramps])
+        self.kerb_height = int(rng.integers(24, 31))
+        lawn = rng.uniform(0.2, 0.34) * np.array([rng.uniform(0.8, 1.08), 1.0, rng.uniform(0.48, 0.66)])
+        soil = rng.uniform(0.22, 0.36) * np.array([1.0, rng.uniform(0.82, 0.9), rng.uniform(0.65, 0.8)])
+        slab = rng.uniform(0.3, 0.52) * np.array([1.0, 0.985, 0.95])
+        tarred = self.asphalt * rng.uniform(0.85, 1.2)
+        plaza = np.array([0.44, 0.36, 0.31]) * rng.uniform(0.7, 1.1)
+        self.palette = np.array([lawn, soil, slab, tarred, slab * rng.uniform(0.9, 1.3), plaza], dtype=np.float32)
+        self.contrast = np.array([0.3, 0.35, 0.13, 0.2, 0.12, 0.13], dtype=np.float32)
 
-    # -- what a street has on it -----------------------------------------------------------------------------
+    def paint(self, window: Window, out: NDArray[np.uint8]) -> None:
+        """Paint a window into ``out`` [rows, cols, 4]: red, green, blue, height."""
+        r, noise, clutter = window.resolution, self.noise, self.clutter
+        halo = int(np.ceil(REACH_M / r)) + 1
+        core = (slice(halo, -halo), slice(halo, -halo))
+        wide = window.grown(halo)
+        road_wide = cover(wide, [shapely.clip_by_rect(self.road, *wide.region(40.0).bounds)])
+        outside = np.minimum(cv2.distanceTransform(255 - road_wide, cv2.DIST_L2, 5)[core] * r, REACH_M)
+        inside = np.minimum(
+            cv2.distanceTransform((road_wide > 127).astype(np.uint8), cv2.DIST_L2, 5)[core] * r, REACH_M
+        )
+        road = road_wide[core]
 
-    def _worn(self, wear: Image, line_level: float) -> Image:
-        """Opacity of paint: ``line_level`` 1 is fresh, 0 is gone but for traces."""
-        return np.clip((wear + 3.0 * line_level - 0.6) * 0.8, 0.06, 0.95)
+        grain, rough = noise.tile(noise.grain, window), noise.tile(noise.rough, window)
+        metre, street = noise.tile(noise.metre, window), noise.field(window, 9.0, 2)
+        block = noise.field(window, 45.0, 3)
+        index = self._materials(window, outside, metre)
+        shade = 0.35 * grain + 0.4 * metre + 0.45 * street
+        shade *= np.take(self.contrast, index)
+        shade += 1
+        np.clip(shade, 0.35, 1.9, out=shade)
+        rgb = np.take(self.palette, index, axis=0)
+        rgb *= shade[..., None]
 
-    def _dividers(self, rgb: Image, city: CityMap, wear: Image) -> None:
-        white, yellow = np.array([0.85, 0.85, 0.82]), np.array([0.82, 0.62, 0.14])
-        levels = [self._worn(wear, level) for level in (0.15, 0.5, 0.9)]
+        alpha = road.astype(np.float32) * np.float32(1 / 255)
+        shade = 0.45 * grain + 0.25 * rough + 0.12 * metre + 0.25 * street + 0.6 * block
+        shade *= 0.17
+        shade += 1
+        # Dust, leaves and soil gather along the kerb, more in some streets than in others.
+        dirt = np.clip((0.9 - inside) * 1.2 + 0.35 * rough + 0.5 * metre - 0.4, 0, 1)
+        some = noise.field(window, 28.0, 4)
+        dirt *= np.clip(some + np.float32(2.6 * clutter.dirt - 1.6), 0, 0.6) if clutter.dirt else 0
+        # Grass creeps over the edge where nobody cuts it.
+        creep = np.clip((0.12 + 0.45 * np.clip(metre, 0, 2) + 0.15 * rough - inside) * 4, 0, 1)
+        wild = noise.field(window, 22.0, 5)
+        creep *= np.clip((wild + np.float32(3.2 * clutter.overgrown - 2.2)) * 2, 0, 1) if clutter.overgrown else 0
+        np.clip(shade, 0.4, 1.8, out=shade)
+        tarmac = shade[..., None] * self.asphalt.astype(np.float32)
+        rgb += alpha[..., None] * (tarmac - rgb)
+        paint_marks(rgb, window, self.marks, rough, range(Layer.KERB, Layer.KERB + 1))
+        openings = self.openings.near(wide)
+        if openings:
+            rgb += (cover(window, openings).astype(np.float32) / 255)[..., None] * (tarmac - rgb)
+        del tarmac
+        paint_marks(rgb, window, self.marks, rough, range(Layer.TONE, Layer.DIRT + 1))
+        for strength, material in ((dirt, SOIL), (creep, LAWN)):
+            amount = strength * alpha
+            if amount.any():
+                rgb += amount[..., None] * (self.palette[material] * np.float32(0.85) - rgb)
+        rgb *= 255
+        rgb += 0.5
+        np.clip(rgb, 0, 255, out=rgb)
+        out[..., :3] = rgb
+        out[..., 3] = self._height(wide, road_wide)[core]
 
-        def strokes(
-            line: LineString, width: float, colour: NDArray[np.float64], dash: tuple[float, float] | None
-        ) -> None:
-            opacity = levels[int(self.rng.choice(3, p=[0.2, 0.35, 0.45]))]
-            self._stroke(rgb, _dashes(line, dash, self.rng.uniform(0, 9)), width, colour, opacity)
+    def _materials(self, window: Window, outside: Image, metre: Image) -> NDArray[np.uint8]:
+        """Choose what lies beside the road: pavements, planted strips, second kerbs, lawns."""
+        noise, clutter = self.noise, self.clutter
+        area, kind = noise.field(window, 40.0, 6), noise.field(window, 55.0, 7)
+        index = np.where(area > 0.5, SLAB, LAWN).astype(np.uint8)  # courts and lawns away from the road
+        index[(area > 0.3) & (area <= 0.5)] = PLAZA
+        paving = np.where(kind > 1.9 - 3.4 * clutter.asphalt_walks, TARRED, SLAB).astype(np.uint8)
+        paved = outside < 2.6 + 1.1 * np.clip(noise.field(window, 60.0, 8), -1.5, 2.0)
+        index[paved] = paving[paved]
+        index[cover(window, self.walks.near(window)) > 127] = SLAB
+        # A planted strip between the kerb and the path, with a kerb of its own behind it.
+        strip = noise.field(window, 35.0, 9) > 1.9 - 3.2 * clutter.second_kerbs
+        depth = 1.5 + 0.5 * np.clip(noise.field(window, 50.0, 10), -1.5, 2.5)
+        planted = strip & (outside > 0.25) & (outside < depth)
+        index[planted] = np.where(metre > 0.7, SOIL, LAWN)[planted]
+        index[strip & (outside >= depth) & (outside < depth + 0.14)] = RIM
+        path = strip & (outside >= depth + 0.14) & (outside < depth + 2.0)
+        index[path] = paving[path]
+        return index
 
-        yellow_city = self.rng.random() < 0.5
-        for line in city.road_dividers.geometries:
-            style = self.rng.choice(3, p=[0.45, 0.4, 0.15])
-            colour = yellow if yellow_city else white
-            if style == 0:
-                for offset in (-0.16, 0.16):
-                    strokes(line.offset_curve(offset), 0.13, colour, None)
-            else:
-                strokes(line, 0.16, colour, None if style == 1 else (3.0, 3.0))
-        for line in city.lane_dividers.geometries:
-            solid = self.rng.random() < 0.2
-            dash = None if solid else ((3.0, 6.0) if self.rng.random() < 0.5 else (2.5, 3.5))
-            strokes(line, self.rng.uniform(0.11, 0.17), white, dash)
-
-    def _crossings(self, rgb: Image, city: CityMap, wear: Image) -> None:
-        paint = np.array([0.85, 0.85, 0.83])
-        levels = [self._worn(wear, level) for level in (0.2, 0.6, 1.0)]
-        for polygon in city.crossings.geometries:
-            box = polygon.minimum_rotated_rectangle
-            if box.geom_type != "Polygon":
-                continue
-            corner = np.array(box.exterior.coords)[:4]
-            sides = np.linalg.norm(np.roll(corner, -1, axis=0) - corner, axis=1)
-            if sides[0] < sides[1]:
-                corner = np.roll(corner, -1, axis=0)
-            along, across = corner[1] - corner[0], corner[3] - corner[0]
-            length, depth = np.linalg.norm(along), np.linalg.norm(across)
-            opacity = levels[int(self.rng.integers(3))]
-            if self.rng.random() < 0.65:  # zebra: bars in the direction of travel, half a metre apart
-                pitch = self.rng.uniform(0.9, 1.3)
-                stations = np.arange(0.4, length - 0.2, pitch) / length
-                bars = [np.stack([corner[0] + s * along, corner[3] + s * along]) for s in stations]
-                self._stroke(rgb, bars, 0.5, paint, opacity)
-            else:  # ladder rails only
-                rails = [np.stack([corner[i], corner[j]]) for i, j in ((0, 1), (3, 2))]
-                self._stroke(rgb, rails, 0.3 if depth > 2 else 0.2, paint, opacity)
-
-    def _kerbs(self, rgb: Image, city: CityMap) -> None:
-        union = ops.unary_union([*city.road_segments.geometries, *city.lanes.geometries])
-        stone = np.array([0.55, 0.54, 0.52]) * self.rng.uniform(0.75, 1.15)
-        fade = np.clip(0.75 + 0.3 * self._noise(10.0), 0.15, 1.0)
-        gutter = np.array([0.13, 0.13, 0.13])
-        for part in getattr(union, "geoms", [union]):
-            if part.geom_type == "Polygon":
-                rings = [np.array(r.coords) for r in (part.exterior, *part.interiors)]
-                self._stroke(rgb, rings, 0.45, gutter, fade * 0.35)
-                self._stroke(rgb, rings, 0.2, stone, fade)
-
-    def _tar_lines(self, rgb: Image, road: NDArray[np.uint8], city: CityMap) -> None:
-        """Cracks and seams: dark or light lines that mean nothing, so that a line alone is no proof of a divider."""
-        rows, cols = self.shape
-        count = int(rows * cols * self.res**2 / 900)
-        inside = np.argwhere(road[::20, ::20] > 0) * 20
-        if not len(inside):
-            return
-        for _ in range(count):
-            y, x = inside[self.rng.integers(len(inside))] * self.res + [self.y0, self.x0]
-            angle = self.rng.uniform(0, 2 * np.pi)
-            steps = self.rng.normal(0, 0.25, self.rng.integers(4, 16)).cumsum() + angle
-            points = np.cumsum(np.stack([np.cos(steps), np.sin(steps)], axis=1) * 1.5, axis=0) + [x, y]
-            tone = self.rng.choice([0.07, 0.1, 0.42], p=[0.5, 0.3, 0.2]) * np.ones(3)
-            self._stroke(rgb, [points], self.rng.uniform(0.05, 0.15), tone, float(self.rng.uniform(0.2, 0.6)))
-
-    def _pyramid(self, rgb: Image) -> Surface:
-        level = torch.from_numpy(rgb).clamp(0, 1).mul(255).round().to(torch.uint8)
-        flat, levels, offset = [], [], 0
-        for _ in range(LEVELS):
-            rows, cols = level.shape[:2]
-            channels = level.to(torch.int32)
-            flat.append((channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]).flatten())
-            levels.append((offset, rows, cols))
-            offset += rows * cols
-            pooled = torch.nn.functional.avg_pool2d(level.permute(2, 0, 1)[None].float(), 2, ceil_mode=True)
-            level = pooled[0].permute(1, 2, 0).round().to(torch.uint8)
-        return Surface(self.x0, self.y0, self.res, torch.cat(flat), tuple(levels))
-
-
-def _dashes(line: BaseGeometry, dash: tuple[float, float] | None, phase: float) -> list[NDArray[np.float64]]:
-    """Cut a line into dashes of (paint, gap) metres; None gives the whole line."""
-    parts = [p for p in getattr(line, "geoms", [line]) if p.geom_type == "LineString" and not p.is_empty]
-    if dash is None:
-        return [np.array(p.coords) for p in parts]
-    out = []
-    for part in parts:
-        for start in np.arange(-phase % sum(dash) - sum(dash), part.length, sum(dash)):
-            piece = ops.substring(part, max(start, 0.0), max(start + dash[0], 0.0))
-            if piece.length > 0.1:
-                out.append(np.array(piece.coords))
-    return out
+    def _height(self, window: Window, road: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the height (units of 5 mm) of a window whose road is known; its outermost metre is not exact."""
+        height = np.where(road > 127, 0, self.kerb_height).astype(np.uint8)
+        lowered = self.level.near(window)
+        if lowered:
+            size = 2 * round(RAMP_M / 2 / window.resolution) + 1
+            low = cv2.blur(cover(window, lowered), (size, size)).astype(np.float32) * np.float32(1 / 127)
+            low = np.clip(1 - low, 0, 1)  # down to the road inside the area, up again around it
+            height = np.round(height * low).astype(np.uint8)
+        return height
 
 
-def _pieces(lines: list[NDArray[np.float64]], length_m: float = 15.0) -> Iterator[NDArray[np.float64]]:
-    """Cut polylines into short ones: a long diagonal would touch a huge block of pixels."""
-    for line in lines:
-        fine = np.array(LineString(line[:, :2]).segmentize(length_m).coords)
-        start = 0
-        travelled = np.concatenate([[0.0], np.linalg.norm(np.diff(fine, axis=0), axis=1).cumsum()])
-        while start < len(fine) - 1:
-            end = max(start + 1, int(np.searchsorted(travelled, travelled[start] + length_m, side="right")) - 1)
-            yield fine[start : end + 1]
-            start = end
+class _Group:
+    """Polygons with a spatial index."""
+
+    def __init__(self, shapes: list[BaseGeometry]) -> None:
+        self.shapes = [shapely.segmentize(shape, EDGE_M) for shape in shapes]
+        self.tree = STRtree(self.shapes)
+
+    def near(self, window: Window) -> list[BaseGeometry]:
+        return [self.shapes[i] for i in np.sort(self.tree.query(window.region(5.0)))]
+
+
+def _pyramid(packed: NDArray[np.uint8], whole: Window) -> Surface:
+    level = torch.from_numpy(packed)
+    flat, levels, offset = [], [], 0
+    for k in range(LEVELS):
+        if k:
+            four = [level[a::2, b::2].to(torch.int16) for a in (0, 1) for b in (0, 1)]
+            level = ((four[0] + four[1] + four[2] + four[3] + 2) >> 2).to(torch.uint8)
+        rows, cols = level.shape[:2]
+        flat.append(level.contiguous().view(torch.int32).flatten())  # little-endian: height is the highest byte
+        levels.append((offset, rows, cols))
+        offset += rows * cols
+    r = whole.resolution
+    return Surface(whole.col * r, whole.row * r, r, torch.cat(flat), tuple(levels))
 
 
 def city_bounds(city: CityMap, margin: float = 10.0) -> tuple[float, float, float, float]:

@@ -50,6 +50,8 @@ class Tables:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        self.estimates: list[dict[str, Any]] = []
+        """rows of ego_pose_estimate, which is no table of nuScenes"""
         self._known: set[str] = set()
         for name in CATEGORIES:
             self.add("category", name, name=name, description="")
@@ -70,12 +72,12 @@ class Tables:
             self.rows[table].append({"token": token, **row})
         return token
 
-    def add_camera(self, vehicle: str, camera: Camera) -> str:
-        """Add the sensor and its calibration; return the token of the calibration."""
+    def add_camera(self, rig: str, camera: Camera) -> str:
+        """Add the sensor and its calibration in a rig (its name); return the token of the calibration."""
         sensor = self.add("sensor", camera.name, channel=camera.name.upper(), modality="camera")
         return self.add(
             "calibrated_sensor",
-            f"{vehicle}:{camera.name}",
+            f"{rig}:{camera.name}",
             sensor_token=sensor,
             translation=camera.base_from_camera[:3, 3].tolist(),
             rotation=_wxyz(camera.base_from_camera),
@@ -92,6 +94,18 @@ class Tables:
             translation=map_from_base[:3, 3].tolist(),
         )
 
+    def add_pose_estimate(self, pose: str, stamp_us: int, map_from_base: Array, covariance: Array) -> None:
+        """Add what the car believed its ego pose (a token) to be, with the covariance [6, 6] of nav_msgs/Odometry."""
+        self.estimates.append(
+            {
+                "token": pose,
+                "timestamp": stamp_us,
+                "rotation": _wxyz(map_from_base),
+                "translation": map_from_base[:3, 3].tolist(),
+                "covariance": covariance.reshape(36).tolist(),
+            }
+        )
+
     def add_annotations(self, scene: str, sample: str, users: RoadUsers, ego_xy: Array, reach_m: float) -> None:
         """Annotate the road users within ``reach_m`` of the ego in a sample (a token)."""
         distance = np.hypot(*(users.xyyaw[:, :2] - ego_xy).T)
@@ -99,7 +113,9 @@ class Tables:
             make, size = users.fleet.makes[k], users.fleet.size[k]
             speed = float(np.hypot(*users.velocity[k]))
             if make.category in ("vehicle.motorcycle", "vehicle.bicycle"):
-                attribute = "cycle.with_rider"
+                attribute = "cycle.without_rider" if users.parked[k] else "cycle.with_rider"
+            elif make.category.startswith("movable_object"):
+                attribute = ""
             elif make.category.startswith("human"):
                 attribute = "pedestrian.moving" if speed > 0.2 else "pedestrian.standing"
             elif users.parked[k]:
@@ -115,7 +131,7 @@ class Tables:
                 sample_token=sample,
                 instance_token=instance,
                 visibility_token="4",
-                attribute_tokens=[self.token("attribute", attribute)],
+                attribute_tokens=[self.token("attribute", attribute)] if attribute else [],
                 translation=[float(x), float(y), float(size[2] / 2)],
                 size=[float(size[1]), float(size[0]), float(size[2])],
                 rotation=[float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))],
@@ -149,10 +165,12 @@ class Tables:
             row["first_annotation_token"], row["last_annotation_token"] = seen[0]["token"], seen[-1]["token"]
 
     def write(self, folder: Path) -> None:
-        """Write one JSON file per table."""
+        """Write one JSON file per table, and ``ego_pose_estimate.json`` when there are estimates."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             (folder / f"{name}.json").write_text(json.dumps(self.rows[name], indent=0))
+        if self.estimates:
+            (folder / "ego_pose_estimate.json").write_text(json.dumps(self.estimates, indent=0))
 
 
 def _link(rows: list[dict[str, Any]]) -> None:

@@ -24,13 +24,13 @@ class Track:
     junction: bool
 
     def path(self, world: World, rng: np.random.Generator, start: float, length: float) -> Path:
-        """Return a way to drive that starts ``start`` metres along the track."""
+        """Return a way to drive of about ``length`` metres that starts ``start`` metres along the track."""
         points = [self.points]
         if self.lane >= 0:
             points += [world.graph.lanes[i].points for i in world.graph.walk(rng, self.lane, length)[1:]]
         line = np.concatenate(points)
         steps = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))])
-        line = line[steps >= start]
+        line = line[(steps >= start) & (steps <= start + length + 2)]
         return Path(line if len(line) > 3 else np.concatenate(points)[-4:])
 
 

@@ -17,6 +17,7 @@ from shapely import STRtree
 from shapely.geometry import LineString, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
+from nmp.changelog import apply_changes, checked_date, read_changes
 from nmp.errors import NmpError
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,12 @@ class CityMap:
         return CityMap(location=self.location, **layers)
 
     @classmethod
-    def load(cls, dataroot: Path, location: str) -> CityMap:
-        """Read ``maps/expansion/<location>.json`` below a nuScenes data root."""
-        return load_with_tables(dataroot, location)[0]
+    def load(cls, dataroot: Path, location: str, date: str | None = None) -> CityMap:
+        """Read ``maps/expansion/<location>.json`` below a nuScenes data root.
+
+        :param date: as in :func:`load_with_tables`
+        """
+        return load_with_tables(dataroot, location, date=date)[0]
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any], location: str, *, repair: bool = False) -> CityMap:
@@ -115,11 +119,16 @@ class CityMap:
         )
 
 
-def load_with_tables(dataroot: Path, location: str, *, repair: bool = False) -> tuple[CityMap, dict[str, Any]]:
+def load_with_tables(
+    dataroot: Path, location: str, *, repair: bool = False, date: str | None = None
+) -> tuple[CityMap, dict[str, Any]]:
     """Read a map expansion once, and return it as a map and as the dictionary that it is.
 
     :param repair: as in :meth:`CityMap.from_tables`
+    :param date: YYYY-MM-DD; the changes of the data root's change log up to that day are applied, where there is one
+        (see :mod:`nmp.changelog`). Without it, the expansion file as it is.
     """
+    changes = read_changes(dataroot, location) if date is not None and checked_date(date) else []
     path = Path(dataroot) / "maps" / "expansion" / f"{location}.json"
     if not path.is_file():
         raise NmpError(
@@ -131,6 +140,8 @@ def load_with_tables(dataroot: Path, location: str, *, repair: bool = False) -> 
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NmpError(f"{path} is not valid JSON ({error}): unpack the map expansion again") from error
     try:
+        if date is not None:
+            tables = apply_changes(tables, changes, date)
         return CityMap.from_tables(tables, location, repair=repair), tables
     except (KeyError, TypeError, ValueError) as error:
         raise NmpError(

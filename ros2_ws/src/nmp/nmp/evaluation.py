@@ -1,4 +1,7 @@
-"""Scores: layers on disk against the map expansion drawn at each layer's own pose."""
+"""Scores: layers on disk against the map that was in force when they were made.
+
+The truth is drawn at the pose of each layer, or at the true ego pose of its moment where the data set is named.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,108 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nmp.citymap import CityMap
+from nmp.changelog import Change, apply_changes, checked_date, in_force, local_date, read_changes
+from nmp.citymap import CityMap, load_with_tables
 from nmp.errors import NmpError
-from nmp.frame import LocalMap
-from nmp.geometry import BevGrid, yaw_of
+from nmp.frame import ANCHOR_CAMERA, LocalMap
+from nmp.geometry import Array, BevGrid, transform_from, yaw_of
 from nmp.layers import read_layers
 from nmp.metrics import IouMeter, format_table
 from nmp.truth import rasterize
 
 
 class CityMaps:
-    """The maps of a nuScenes data root; each city is read once."""
+    """The maps of a nuScenes data root; each city is read once, and changed once for every state that is asked for.
 
-    def __init__(self, dataroot: Path) -> None:
+    :param version: tables of the data root (v1.0-mini, ...): the truth is drawn at their ego poses instead of at the
+        poses of the layers
+    :param map_date: YYYY-MM-DD: the maps as they were on that day, whatever the stamp of a layer
+    """
+
+    def __init__(self, dataroot: Path, *, version: str | None = None, map_date: str | None = None) -> None:
         self.dataroot = Path(dataroot)
         if not self.dataroot.is_dir():
             raise NmpError(f"data root {self.dataroot} does not exist: give the folder that holds maps/expansion")
-        self._cities: dict[str, CityMap] = {}
+        self.map_date = None if map_date is None else checked_date(map_date)
+        self._poses = None if version is None else TruePoses(self.dataroot, version)
+        self._sources: dict[str, tuple[Mapping[str, Any], list[Change]]] = {}
+        self._cities: dict[tuple[str, int], CityMap] = {}
 
-    def city(self, location: str) -> CityMap:
-        """Return the map of a location; :class:`NmpError` when the data root has none."""
-        if location not in self._cities:
-            self._cities[location] = CityMap.load(self.dataroot, location)
-        return self._cities[location]
+    def city(self, location: str, date: str | None = None) -> CityMap:
+        """Return the map of a location on a date (YYYY-MM-DD), or before all changes.
+
+        :class:`NmpError` when the data root has none.
+        """
+        if location not in self._sources:
+            changes = read_changes(self.dataroot, location)
+            self._cities[location, 0], read = load_with_tables(self.dataroot, location)
+            # Without changes nobody needs the tables again.
+            self._sources[location] = (read if changes else {}, changes)
+        tables, changes = self._sources[location]
+        count = 0 if date is None else len(in_force(changes, date))
+        if (location, count) not in self._cities:
+            due = apply_changes(tables, changes[:count], changes[count - 1].date)
+            self._cities[location, count] = CityMap.from_tables(due, location)
+        return self._cities[location, count]
 
     def truth_of(self, local_map: LocalMap) -> NDArray[np.uint8]:
-        """Draw the true layers [3, rows, cols] at the pose and over the grid of a local map."""
-        pose = local_map.map_from_base
+        """Draw the true layers [3, rows, cols] at the pose and over the grid of a local map.
+
+        With tables, at the true ego pose of its stamp: :class:`NmpError` when they have no image of that moment.
+        """
+        pose, location = local_map.map_from_base, local_map.location
+        if self._poses is not None:
+            pose = self._poses.at(location, local_map.stamp_ns)
+        date = self.map_date or local_date(location, local_map.stamp_ns)
         x, y, yaw = float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose)
-        return rasterize(self.city(local_map.location), x, y, yaw, local_map.grid)
+        return rasterize(self.city(location, date), x, y, yaw, local_map.grid)
+
+
+class TruePoses:
+    """The ego poses of a nuScenes release at the moments of its anchor camera."""
+
+    def __init__(self, dataroot: Path, version: str) -> None:
+        self._where = Path(dataroot) / version
+        if not self._where.is_dir():
+            found = ", ".join(sorted(p.name for p in Path(dataroot).glob("v1.0-*"))) or "none"
+            raise NmpError(f"{dataroot} has no tables '{version}' (found: {found}): check --maps and --version")
+        try:
+            location = {row["token"]: row["location"] for row in self._table("log")}
+            of_scene = {row["token"]: location[row["log_token"]] for row in self._table("scene")}
+            of_sample = {row["token"]: of_scene[row["scene_token"]] for row in self._table("sample")}
+            anchor = {r["token"] for r in self._table("sensor") if r["channel"].lower() == ANCHOR_CAMERA}
+            rigs = {r["token"] for r in self._table("calibrated_sensor") if r["sensor_token"] in anchor}
+            # Cars in two cities may fire at one moment.
+            moments = {
+                row["ego_pose_token"]: (of_sample[row["sample_token"]], int(row["timestamp"]))
+                for row in self._table("sample_data")
+                if row["calibrated_sensor_token"] in rigs
+            }
+            self._poses = {
+                moments[row["token"]]: (row["translation"], row["rotation"])
+                for row in self._table("ego_pose")
+                if row["token"] in moments
+            }
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise NmpError(f"{self._where} is not a complete nuScenes release ({reason}): unpack it again") from error
+
+    def _table(self, name: str) -> list[dict[str, Any]]:
+        rows = json.loads((self._where / f"{name}.json").read_text())
+        if not isinstance(rows, list):
+            raise TypeError(f"{name}.json holds no list")
+        return rows
+
+    def at(self, location: str, stamp_ns: int) -> Array:
+        """Return map_from_base [4, 4] at the stamp of an anchor image; :class:`NmpError` when there is none."""
+        found = self._poses.get((location, stamp_ns // 1000))
+        if found is None or stamp_ns % 1000:
+            raise NmpError(
+                f"{self._where} has no {ANCHOR_CAMERA} image of {location} at {stamp_ns} ns: give the data set that "
+                "the layers were made from, or leave --version out"
+            )
+        translation, (w, x, y, z) = found
+        return transform_from(np.array(translation), np.array([x, y, z, w]))
 
 
 @dataclass(frozen=True)
@@ -84,15 +160,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp eval``."""
     parser.add_argument("layers", nargs="+", metavar="[NAME=]LAYERS", help="folders of 'nmp map' or of a live run")
     parser.add_argument("--maps", type=Path, required=True, metavar="DATAROOT", help="folder with maps/expansion")
+    parser.add_argument(
+        "--version",
+        metavar="v1.0-x",
+        help="tables of DATAROOT: draw the truth at their ego poses (default: at the pose of each layer, as it was "
+        "localised)",
+    )
+    _add_map_date(parser, "default: the day of each layer's stamp")
     parser.add_argument("--name", help="name of the row, where only one folder is given (default: the folder's name)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+
+
+def _add_map_date(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--map-date",
+        metavar="YYYY-MM-DD",
+        help=f"the maps as they were on that day, where DATAROOT has maps/changes ({default})",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp eval``."""
     if args.name and len(args.layers) > 1:
         raise NmpError("--name is for one folder: name several as NAME=DIR")
-    maps = CityMaps(args.maps)
+    maps = CityMaps(args.maps, version=args.version, map_date=args.map_date)
     results: dict[str, Evaluation] = {}
     for argument in args.layers:
         name, folder = _name_and_folder(argument)
@@ -125,7 +216,7 @@ def truth_at(poses: list[Mapping[str, Any]], maps: CityMaps, grid: BevGrid | Non
     masks = []
     for index, (location, x, y, yaw) in enumerate(checked):
         try:
-            masks.append(rasterize(maps.city(location), x, y, yaw, grid))
+            masks.append(rasterize(maps.city(location, maps.map_date), x, y, yaw, grid))
         except NmpError as error:
             raise NmpError(f"pose {index}: {error}") from error
     return np.stack(masks)
@@ -160,6 +251,7 @@ def add_truth_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POSES.json",
         help='[{"location", "x", "y", "yaw"}, ...], m and rad',
     )
+    _add_map_date(parser, "default: before all changes")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.npz", help="masks: uint8 [N, 3, 200, 400]")
 
 
@@ -173,7 +265,7 @@ def run_truth(args: argparse.Namespace) -> None:
         raise NmpError(f"{args.poses} is not valid JSON ({error}): write a list of poses") from error
     if not isinstance(poses, list):
         raise NmpError(f"{args.poses} holds no list: write [{{...}}, {{...}}] with one object per pose")
-    masks = truth_at(poses, CityMaps(args.maps))
+    masks = truth_at(poses, CityMaps(args.maps, map_date=args.map_date))
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("wb") as stream:  # an open file, because savez adds .npz to other names

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nmp.frame import CLASSES
+from nmp.geometry import BevGrid
+
+DISTANCE_EDGES_M = (0.0, 10.0, 20.0, 40.0)
+"""edges of the rings around the ego in which scores are broken down, m"""
 
 
 @dataclass
@@ -36,6 +42,30 @@ class IouMeter:
         scores = {name: float(value) for name, value in zip(CLASSES, iou, strict=True)}
         scores["miou"] = float(known.mean()) if known.size else float("nan")
         return scores
+
+
+class Breakdown:
+    """IoU of a set in all (``all``), by label of a frame such as its weather, and by distance from the ego."""
+
+    def __init__(self, grid: BevGrid) -> None:
+        centres = grid.centres()
+        distance = np.hypot(centres[..., 0], centres[..., 1])
+        self._rings = {
+            f"{near:.0f}-{far:.0f} m": (distance >= near) & (distance < far) for near, far in pairwise(DISTANCE_EDGES_M)
+        }
+        self.meters: dict[str, IouMeter] = {"all": IouMeter()}
+
+    def add(self, predicted: NDArray[np.uint8], truth: NDArray[np.uint8], labels: Iterable[str] = ()) -> None:
+        """Count one frame: masks [3, rows, cols] over the grid, and what the frame is filed under."""
+        for name in ("all", *labels):
+            self.meters.setdefault(name, IouMeter()).add(predicted, truth)
+        for name, ring in self._rings.items():
+            self.meters.setdefault(name, IouMeter()).add(predicted * ring, truth * ring)
+
+    def percent(self) -> dict[str, dict[str, float]]:
+        """Return the scores of :meth:`IouMeter.percent` by name: all, the labels in order, the rings outwards."""
+        labels = sorted(set(self.meters) - {"all", *self._rings})
+        return {name: self.meters[name].percent() for name in ("all", *labels, *self._rings) if name in self.meters}
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

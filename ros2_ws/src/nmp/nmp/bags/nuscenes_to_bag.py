@@ -1,12 +1,14 @@
 """Turn a nuScenes scene into a rosbag2 (MCAP) with the topics that the mapping node listens to.
 
-The images are the original JPEG bytes, and every image comes with the ego pose of its own moment.
+The images are the original JPEG bytes, and every image comes with the ego pose of its own moment: the true one, or
+where the tables have ``ego_pose_estimate.json`` beside them, what the car believed it to be.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,10 @@ NS = 1_000
 """nanoseconds per nuScenes time unit (microseconds)"""
 
 
+_ESTIMATE: Final = {"translation": (3,), "rotation": (4,), "covariance": (36,)}
+"""columns of ego_pose_estimate.json and their shapes"""
+
+
 @dataclass(frozen=True)
 class Shot:
     """One camera image of a scene, as the tables describe it."""
@@ -53,6 +59,8 @@ class Shot:
     """translation [x, y, z] (m) and rotation [x, y, z, w]: optical frame to base_link"""
     pose: tuple[list[float], list[float]]
     """translation and rotation [x, y, z, w]: base_link to map"""
+    covariance: Array | None = None
+    """[36] of ``pose`` as in nav_msgs/Odometry, where the tables tell it"""
 
 
 def load_nuscenes(dataroot: Path, version: str) -> NuScenes:
@@ -71,11 +79,33 @@ def load_nuscenes(dataroot: Path, version: str) -> NuScenes:
         raise NmpError(f"{dataroot / version} is not a complete nuScenes release ({reason}): unpack it again") from exc
 
 
-def scene_shots(nusc: NuScenes, scene_name: str, *, sweeps: bool = False) -> tuple[str, list[Shot]]:
+def read_pose_estimates(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Read ``ego_pose_estimate.json`` of a release: rows by ego_pose token, or None where there is no such file."""
+    path = folder / "ego_pose_estimate.json"
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text())
+        for row in rows:
+            counts = tuple(np.asarray(row[k], dtype=np.float64).shape for k in _ESTIMATE)
+            if counts != tuple(_ESTIMATE.values()) or not all(np.isfinite(row[k]).all() for k in _ESTIMATE):
+                raise ValueError(f"row {row['token']} has not 3, 4 and 36 finite numbers")
+        return {row["token"]: row for row in rows}
+    except (OSError, JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as exc:
+        reason = f"{type(exc).__name__}: {exc}".replace("\n", " ")
+        raise NmpError(
+            f"{path} is no file of pose estimates ({reason}): make the data set again, or use --true-poses"
+        ) from exc
+
+
+def scene_shots(
+    nusc: NuScenes, scene_name: str, *, sweeps: bool = False, true_poses: bool = False
+) -> tuple[str, list[Shot]]:
     """Return the location of a scene and its camera images in time order.
 
-    Keyframes (2 Hz) only, or with ``sweeps`` every image (12 Hz). Raises :class:`NmpError` on an unknown
-    scene or a missing image file.
+    Keyframes (2 Hz) only, or with ``sweeps`` every image (12 Hz). Poses are those that the car believed in, where the
+    release has ``ego_pose_estimate.json`` and not ``true_poses``. Raises :class:`NmpError` on an unknown scene, a
+    missing image file or a missing estimate.
     """
     scene = next((s for s in nusc.scene if s["name"] == scene_name), None)
     if scene is None:
@@ -98,7 +128,14 @@ def scene_shots(nusc: NuScenes, scene_name: str, *, sweeps: bool = False) -> tup
                 records.append(nusc.get("sample_data", token))
                 token = records[-1]["next"]
 
-    shots = [_shot(nusc, record) for record in records]
+    folder = Path(nusc.dataroot) / nusc.version
+    estimates = None if true_poses else read_pose_estimates(folder)
+    if estimates is not None and (unknown := [t for r in records if (t := r["ego_pose_token"]) not in estimates]):
+        raise NmpError(
+            f"{folder / 'ego_pose_estimate.json'} has no estimate of ego pose {unknown[0]} (one of {len(unknown)}): "
+            "make the data set again, or use --true-poses"
+        )
+    shots = [_shot(nusc, record, estimates and estimates[record["ego_pose_token"]]) for record in records]
     if missing := sorted({*CAMERAS} - {s.camera for s in shots}):
         raise NmpError(f"scene '{scene_name}' has no images of {', '.join(missing)}: all six cameras are needed")
     if lost := [s.path for s in shots if not s.path.is_file()]:
@@ -106,9 +143,9 @@ def scene_shots(nusc: NuScenes, scene_name: str, *, sweeps: bool = False) -> tup
     return location, sorted(shots, key=lambda s: (s.stamp_ns, CAMERAS.index(s.camera)))
 
 
-def _shot(nusc: NuScenes, record: dict[str, Any]) -> Shot:
+def _shot(nusc: NuScenes, record: dict[str, Any], estimate: dict[str, Any] | None) -> Shot:
     calibration = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
-    ego = nusc.get("ego_pose", record["ego_pose_token"])
+    ego = estimate or nusc.get("ego_pose", record["ego_pose_token"])
     return Shot(
         camera=record["channel"].lower(),
         stamp_ns=int(record["timestamp"]) * NS,
@@ -118,6 +155,7 @@ def _shot(nusc: NuScenes, record: dict[str, Any]) -> Shot:
         intrinsics=np.asarray(calibration["camera_intrinsic"], dtype=np.float64),
         extrinsics=_xyz_xyzw(calibration),
         pose=_xyz_xyzw(ego),
+        covariance=None if estimate is None else np.asarray(estimate["covariance"], dtype=np.float64),
     )
 
 
@@ -239,9 +277,9 @@ def write_bag(
 ) -> int:
     """Write camera images (in time order) with calibration and poses as a bag folder; return the message count.
 
-    ``position_std`` (m) and ``yaw_std`` (rad) only fill the covariance of ``/odom``: the poses stay exact. The
-    log time of a message is its header stamp. The bag appears under its name only when it is complete. Raises
-    :class:`NmpError` when ``out`` exists, cannot be written, or the disk is full.
+    ``position_std`` (m) and ``yaw_std`` (rad) only fill the covariance of ``/odom`` where a shot brings none: the poses
+    stay as they are. The log time of a message is its header stamp. The bag appears under its name only when it is
+    complete. Raises :class:`NmpError` when ``out`` exists, cannot be written, or the disk is full.
     """
     if not shots:
         raise NmpError(f"no images to write to {out}: choose a scene with camera images")
@@ -294,7 +332,7 @@ def _write(shots: Sequence[Shot], location: str, path: Path, covariance: Array) 
         for shot, velocity in zip(progress, _velocities(shots), strict=True):
             stamp = shot.stamp_ns
             if stamp != last_pose:  # two cameras may share a moment, and then its pose
-                put_odom(stamp, _odometry(shot, velocity, covariance))
+                put_odom(stamp, _odometry(shot, velocity, covariance if shot.covariance is None else shot.covariance))
                 moved = _transform(stamp, topics.ODOM_FRAME, topics.BASE_FRAME, *shot.pose)
                 put_tf(stamp, TYPES["tf2_msgs/msg/TFMessage"](transforms=[moved]))
                 last_pose = stamp
@@ -312,14 +350,15 @@ def convert(
     sweeps: bool = False,
     position_std: float = 0.05,
     yaw_std: float = 0.005,
+    true_poses: bool = False,
 ) -> int:
     """Write one nuScenes scene as a bag folder ``out``; return the number of messages.
 
-    Raises :class:`NmpError` on anything that the user can put right.
+    Poses as in :func:`scene_shots`. Raises :class:`NmpError` on anything that the user can put right.
     """
     if out.exists():  # before the slow loading of the tables
         raise NmpError(f"{out} already exists: remove it or choose another --out")
-    location, shots = scene_shots(load_nuscenes(dataroot, version), scene, sweeps=sweeps)
+    location, shots = scene_shots(load_nuscenes(dataroot, version), scene, sweeps=sweeps, true_poses=true_poses)
     return write_bag(shots, location, out, position_std=position_std, yaw_std=yaw_std)
 
 
@@ -333,8 +372,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scene", required=True, help="for instance scene-0061")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bag to write; must not exist")
     parser.add_argument("--sweeps", action="store_true", help="every image (12 Hz) instead of keyframes (2 Hz)")
-    parser.add_argument("--pose-std", type=float, default=0.05, metavar="M", help="position deviation told in /odom")
-    parser.add_argument("--yaw-std", type=float, default=0.005, metavar="RAD", help="heading deviation told in /odom")
+    parser.add_argument(
+        "--true-poses",
+        action="store_true",
+        help="write the poses of ego_pose.json also where the tables have ego_pose_estimate.json; by default /odom and "
+        "/tf then hold these estimates, each with its covariance, as a car knows its pose only so well",
+    )
+    deviation = "deviation told in /odom with true poses (default: %(default)s)"
+    parser.add_argument("--pose-std", type=float, default=0.05, metavar="M", help=f"position {deviation}")
+    parser.add_argument("--yaw-std", type=float, default=0.005, metavar="RAD", help=f"heading {deviation}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -347,5 +393,6 @@ def run(args: argparse.Namespace) -> None:
         sweeps=args.sweeps,
         position_std=args.pose_std,
         yaw_std=args.yaw_std,
+        true_poses=args.true_poses,
     )
     print(f"wrote {args.out}: {count} messages")
