@@ -351,9 +351,11 @@ def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
     score = _scores(scene.rays, scene.eyes, _ends(u), _ends(v), scene.solids[scene.sample], wet)
     index = score.topk(min(SOLIDS_PER_STRIP, score.shape[1]), dim=1).indices
     solids = Solids(**{f.name: getattr(scene.solids, f.name)[scene.sample[:, None], index] for f in fields(Solids)})
-    trace: Callable[..., Tensor] = _compiled(_trace) if compiled else _trace
-    strips = trace(*_arguments(scene, slice(None), solids, u, v), True, True, True, True)
-    return scene.joined(strips)
+    # Two kernels: Triton 3.6 fails to compile the search for the nearest solid fused with the ground.
+    nearest: Callable[..., _Met] = _compiled(_nearest) if compiled else _nearest
+    radiance: Callable[..., Tensor] = _compiled(_radiance) if compiled else _radiance
+    met = nearest(scene.rays, scene.eyes, u, v, solids.centre, solids.size, solids.yaw, solids.kind, True, True)
+    return scene.joined(radiance(met, *_arguments(scene, slice(None), solids, u, v), True, True, True))
 
 
 def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
@@ -371,7 +373,7 @@ def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
         index.append([row.nonzero()[:, 0] for row in score])
     wet, night = ((getattr(scene.weather, name) > 0).tolist() for name in ("wet", "headlights"))
     samples = scene.sample.tolist()
-    tracer: Callable[..., Tensor] = _trace
+    radiance: Callable[..., Tensor] = _radiance
 
     def trace(part: int, p: int) -> Tensor:
         rows, chosen, sample = split[part][p], index[part][p], samples[p]
@@ -379,16 +381,23 @@ def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
             return u.new_zeros(1, 3, 0, len(u))
         some = scene.solids[slice(sample, sample + 1)]
         solids = Solids(**{f.name: getattr(some, f.name)[:, chosen] for f in fields(Solids)})
-        arguments = _arguments(scene, slice(p, p + 1), solids, u, v[rows])
-        flags = (bool(is_round(solids.kind).any()), part == 1, part == 1 and wet[sample], night[sample])
-        return tracer(*arguments, *flags)
+        one, mirror = slice(p, p + 1), part == 1 and wet[sample]
+        shapes = (solids.centre, solids.size, solids.yaw, solids.kind)
+        round_ones = bool(is_round(solids.kind).any())
+        met = _nearest(scene.rays[one], scene.eyes[one], u, v[rows], *shapes, round_ones, mirror)
+        arguments = _arguments(scene, one, solids, u, v[rows])
+        return radiance(met, *arguments, part == 1, mirror, night[sample])
 
     jobs = [lambda p=p: torch.cat([trace(part, p) for part in (0, 1)], dim=2) for p in range(len(samples))]
     return scene.joined(torch.cat(_run(pool, jobs)))
 
 
-def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """Return the arguments of :func:`_trace` but for its flags, for strips ``which`` with their solids [P, K, ...]."""
+def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor) -> list[Any]:
+    """Return what :func:`_radiance` takes after its first argument and before its flags.
+
+    :param which: strips
+    :param solids: theirs, [P, K, ...]
+    """
     sample = scene.sample[which]
     whole = which == slice(None)
     first = int(sample[0]) if not whole else 0
@@ -398,7 +407,7 @@ def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor
         *(getattr(w, name)[sample] for name in ("sun", "sunlight", "ambient", "sun_rgb", "sky_rgb", "clouds")),
         *(getattr(w, name)[sample] for name in ("haze", "spray", "wet", "headlights", "lamp_rgb", "phase")),
     )
-    return (
+    return [
         scene.texels,
         scene.table[sample],
         scene.place[sample],
@@ -415,7 +424,7 @@ def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor
         *(getattr(solids, f.name) for f in fields(solids)),
         *air,
         1.0 / scene.supersample,
-    )
+    ]
 
 
 def _shadows(solids: Solids, sun: Tensor, batched: bool, compiled: bool) -> Tensor:
@@ -493,7 +502,42 @@ def _apply(matrix: Tensor, axis: int, u: Tensor, v: Tensor) -> Tensor:
     return part[..., 0, :, :] * u + (part[..., 1, :, :] * v[:, None] + part[..., 2, :, :])
 
 
-def _trace(
+_Met = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Result of :func:`_nearest`"""
+
+
+def _nearest(
+    ray: Tensor,
+    eye: Tensor,
+    u: Tensor,
+    v: Tensor,
+    centre: Tensor,
+    size: Tensor,
+    yaw: Tensor,
+    kind: Tensor,
+    with_round: bool,
+    with_mirror: bool,
+) -> _Met:
+    """Find the solid, and the solid's mirror image, that each ray of P strips meets first.
+
+    :return: where the eye is in each solid's axes [P, K, 3], the way there from pixels [P, K, 3, 3], depth of the
+        nearest solid [P, h, w] (``FAR_M`` for none), its number, and both for the mirror images
+    """
+    half = (size / 2).clamp(min=1e-3)
+    start, matrix = _axes_of(centre, half, yaw, ray, eye)
+    if size.shape[1] == 0:
+        nothing = torch.full((len(ray), len(v), len(u)), FAR_M, device=u.device)
+        number = torch.zeros_like(nothing, dtype=torch.int64)
+        return start, matrix, nothing, number, nothing, number
+    depths, mirrored = _meet(start, matrix, u, v, size, kind, centre, half, with_round, with_mirror)
+    depth, which = depths.min(dim=1)
+    if mirrored is None:
+        return start, matrix, depth, which, torch.full_like(depth, FAR_M), which
+    return start, matrix, depth, which, *mirrored.min(dim=1)
+
+
+def _radiance(
+    met: _Met,
     texels: Tensor,
     table: Tensor,
     place: Tensor,
@@ -525,17 +569,17 @@ def _trace(
     lamp_rgb: Tensor,
     phase: Tensor,
     pixel: float,
-    with_round: bool,
     with_ground: bool,
     with_mirror: bool,
     with_lamps: bool,
 ) -> Tensor:
-    """Trace P strips: radiance [P, 3, len(v), len(u)].
+    """Shade what the rays of P strips meet: radiance [P, 3, len(v), len(u)].
 
     Arguments are those of the scene per strip, [P, ...], but for ``maps`` and ``lamp_map`` [B, C, side, side] and
-    the shared ``texels``, ``pattern``, ``u`` and ``v``. The flags leave out what no ray of these strips needs:
-    ellipsoids, the ground, its mirror images when it is wet, and light at night.
+    the shared ``texels``, ``pattern``, ``u`` and ``v``. The flags leave out what no ray of these strips needs: the
+    ground, its mirror images when it is wet, and light at night.
     """
+    start, matrix, depth_solid, which, mirrored, which_mirror = met
     dx, dy, dz = (_apply(ray, axis, u, v) for axis in range(3))  # each [P, h, w]
     length = (dx * dx + dy * dy + dz * dz).sqrt()
     ex, ey, ez = (eye[:, i, None, None] for i in range(3))
@@ -552,16 +596,7 @@ def _trace(
     horizon = colour_of(sky_rgb * (1.6 * sky_light * (1 - 0.55 * headlights))[:, None])
 
     half = (size / 2).clamp(min=1e-3)
-    start, matrix = _axes_of(centre, half, yaw, ray, eye)
     any_solid = size.shape[1] > 0
-    mirrored = None
-    if any_solid:
-        depths, depths_mirror = _meet(start, matrix, u, v, size, kind, centre, half, with_round, with_mirror)
-        depth_solid, which = depths.min(dim=1)
-        if depths_mirror is not None:
-            mirrored, which_mirror = depths_mirror.min(dim=1)
-    else:
-        depth_solid = far.expand_as(dx)
 
     if with_ground:
         down = dz < -1e-4
@@ -631,7 +666,7 @@ def _trace(
         flat = (1 + dz / length).clamp(0, 1)
         share = (each(wet) * 0.55 + 0.3 * pool_of_water) * flat**4 + 0.08 * pool_of_water
         seen = horizon.expand_as(colour)
-        if mirrored is not None:
+        if any_solid:
             other = _pick_colour(rgb, which_mirror) * (0.6 * horizon)
             # asphalt is rough: only the foot of a thing is mirrored clearly, but in a puddle all of it
             height = -(ez + mirrored.clamp(max=400.0) * dz)
@@ -957,7 +992,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
