@@ -54,7 +54,7 @@ STRIP = 88
 """widest strip that is traced together, pixels"""
 STRIP_ON_CPU = 176
 """wider, because each operation on a CPU costs its call"""
-SOLIDS_PER_STRIP, SOLIDS_PER_SHADOW_TILE = 24, 32
+SOLIDS_PER_STRIP, SOLIDS_PER_SHADOW_TILE = 24, 24
 """solids that a strip or a tile of the shadow map is tested against on a GPU: those that look biggest"""
 HEIGHT_UNIT_M = 0.005
 """unit of the heights in the top bits of a texel"""
@@ -262,9 +262,12 @@ class _Scene:
         ahead = functional.normalize(map_from_camera[:, 0, :2, 2], dim=-1)
         origin = ground.origin[city]
         place = torch.cat([(centre - origin[:, :2]).float(), origin[:, 2:].float(), ground.kerb[city][:, None]], dim=-1)
-        at, kind, power, beam_at, beam_way, beam_power = find_lamps(
+        find: Callable[..., tuple[Tensor, ...]] = _compiled(find_lamps) if compiled else find_lamps
+        hide: Callable[..., Tensor] = _compiled(_unhidden) if compiled else _unhidden
+        at, kind, power, beam_at, beam_way, beam_power = find(
             solids.centre, solids.size, solids.yaw, solids.rgb, solids.kind, middle, weather.street
         )
+        shown = hide(kind, at, eye, solids.centre, solids.size, solids.yaw)
         dark = batched or bool(weather.headlights.any())
         shine: Callable[..., Tensor] = _compiled(ground_light) if compiled else ground_light
         lamp_map = shine(at, power, beam_at, beam_way, beam_power) if dark else at.new_zeros(b, 2, 1, 1)
@@ -275,7 +278,9 @@ class _Scene:
             maps=_shadows(solids, weather.sun, batched, compiled),
             lamp_map=lamp_map,
             lamp_at=at,
-            lamp_kind=_unhidden(kind, at, eye, solids)[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
+            lamp_kind=hide(kind, at, eye, solids.centre, solids.size, solids.yaw)[:, :, None]
+            .expand(-1, -1, t, -1)
+            .flatten(0, 2),
             rays=rays.flatten(0, 2),
             eyes=eye[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
             sample=torch.arange(b, device=device).repeat_interleave(n * t),
@@ -305,7 +310,7 @@ def _strips(intrinsics: Tensor, map_from_camera: Tensor, width: int, widest: int
     """Cut images into T strips of equal width: their rays [B, N, T, 3, 3], as in :class:`_Scene`, and the width."""
     t = -(-width // widest)
     wide = -(-width // t)
-    rays = map_from_camera[..., :3, :3] @ torch.linalg.inv(intrinsics.double()).float()
+    rays = map_from_camera[..., :3, :3] @ torch.linalg.inv_ex(intrinsics.double()).inverse.float()
     start = torch.arange(t, device=rays.device, dtype=torch.float32) * wide
     rays = rays[:, :, None].repeat(1, 1, t, 1, 1)
     rays[..., 2] += rays[..., 0] * start[:, None]
@@ -348,9 +353,9 @@ def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
     """Trace all strips of all samples at once: [B, N, 3, H, W]."""
     u, v = scene.columns(), scene.rows()
     wet = scene.weather.wet[scene.sample] > 0
-    score = _scores(scene.rays, scene.eyes, _ends(u), _ends(v), scene.solids[scene.sample], wet)
-    index = score.topk(min(SOLIDS_PER_STRIP, score.shape[1]), dim=1).indices
-    solids = Solids(**{f.name: getattr(scene.solids, f.name)[scene.sample[:, None], index] for f in fields(Solids)})
+    choose: Callable[..., tuple[Tensor, ...]] = _compiled(_most_seen) if compiled else _most_seen
+    everything = [getattr(scene.solids, f.name) for f in fields(Solids)]
+    solids = Solids(*choose(scene.rays, scene.eyes, _ends(u), _ends(v), scene.sample, wet, *everything))
     # Two kernels: Triton 3.6 fails to compile the search for the nearest solid fused with the ground.
     nearest: Callable[..., _Met] = _compiled(_nearest) if compiled else _nearest
     radiance: Callable[..., Tensor] = _compiled(_radiance) if compiled else _radiance
@@ -432,16 +437,13 @@ def _shadows(solids: Solids, sun: Tensor, batched: bool, compiled: bool) -> Tens
     edge = SHADOW_SIDE * SHADOW_CELL_M / SHADOW_TILES
     corner = (torch.arange(SHADOW_TILES, device=sun.device) - SHADOW_TILES / 2) * edge
     x0, y0 = corner.repeat(SHADOW_TILES), corner.repeat_interleave(SHADOW_TILES)
-    score = shadow_scores(solids.centre, solids.size, sun)
-    b, tiles, count = score.shape
+    b, tiles = len(sun), SHADOW_TILES**2
     if batched:
-        index = score.flatten(0, 1).topk(min(SOLIDS_PER_SHADOW_TILE, count), dim=1).indices
-        sample = torch.arange(b, device=sun.device).repeat_interleave(tiles)
-        names = ("centre", "size", "yaw", "kind")
-        some = [getattr(solids, name)[sample[:, None], index] for name in names]
+        choose: Callable[..., tuple[Tensor, ...]] = _compiled(_most_shading) if compiled else _most_shading
         draw: Callable[..., Tensor] = _compiled(shadow_tiles) if compiled else shadow_tiles
-        drawn = draw(x0.repeat(b), y0.repeat(b), *some, sun[sample])
+        drawn = draw(x0.repeat(b), y0.repeat(b), *choose(solids.centre, solids.size, solids.yaw, solids.kind, sun))
         return join_tiles(drawn.unflatten(0, (b, tiles)))
+    score = shadow_scores(solids.centre, solids.size, sun)
     side = SHADOW_SIDE // SHADOW_TILES
     out = torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(b, tiles, 3, side, side).clone()
     for i in range(b):
@@ -459,6 +461,34 @@ def _shadows(solids: Solids, sun: Tensor, batched: bool, compiled: bool) -> Tens
                     sun[i : i + 1],
                 )[0]
     return join_tiles(out)
+
+
+def _most_shading(centre: Tensor, size: Tensor, yaw: Tensor, kind: Tensor, sun: Tensor) -> tuple[Tensor, ...]:
+    """Return the solids of each tile of the shadow map, as arguments of :func:`shadow_tiles` from the third on."""
+    score = shadow_scores(centre, size, sun)
+    index = score.flatten(0, 1).topk(min(SOLIDS_PER_SHADOW_TILE, score.shape[2]), dim=1).indices
+    sample = torch.arange(len(sun), device=sun.device).repeat_interleave(score.shape[1])
+    return *(value[sample[:, None], index] for value in (centre, size, yaw, kind)), sun[sample]
+
+
+def _most_seen(
+    rays: Tensor,
+    eyes: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sample: Tensor,
+    mirrored: Tensor,
+    centre: Tensor,
+    size: Tensor,
+    yaw: Tensor,
+    rgb: Tensor,
+    kind: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the fields of the solids [P, K, ...] that look biggest to each strip, see :func:`_scores`."""
+    solids = Solids(centre, size, yaw, rgb, kind)
+    score = _scores(rays, eyes, u, v, solids[sample], mirrored)
+    index = score.topk(min(SOLIDS_PER_STRIP, score.shape[1]), dim=1).indices
+    return tuple(value[sample[:, None], index] for value in (centre, size, yaw, rgb, kind))
 
 
 def _scores(rays: Tensor, eyes: Tensor, u: Tensor, v: Tensor, solids: Solids, mirrored: Tensor) -> Tensor:
@@ -686,16 +716,16 @@ def _radiance(
     return colour
 
 
-def _unhidden(kind: Tensor, at: Tensor, eye: Tensor, solids: Solids) -> Tensor:
+def _unhidden(kind: Tensor, at: Tensor, eye: Tensor, centre: Tensor, size: Tensor, yaw: Tensor) -> Tensor:
     """Return the kinds [B, N, L] of lamps ``at`` [B, L, 3], 0 where a solid lies between lamp and eye [B, N, 3]."""
-    turn = _turn(solids.yaw, (solids.size / 2).clamp(min=1e-3))[:, None, :, None]  # [B, 1, K, 1, 3, 3]
+    turn = _turn(yaw, (size / 2).clamp(min=1e-3))[:, None, :, None]  # [B, 1, K, 1, 3, 3]
     way = at[:, None] - eye[:, :, None]
-    start = (turn * (eye[:, :, None] - solids.centre[:, None])[:, :, :, None, None]).sum(dim=-1)
+    start = (turn * (eye[:, :, None] - centre[:, None])[:, :, :, None, None]).sum(dim=-1)
     inside = (turn * way[:, :, None, :, None]).sum(dim=-1)  # [B, N, K, L, 3]
     inside = torch.where(inside.abs() < 1e-6, 1e-6, inside)
     middle, reach = -start / inside, 1 / inside.abs()
     near, far = (middle - reach).amax(dim=-1), (middle + reach).amin(dim=-1)
-    between = (near < far) & (near > 0) & (near < 0.98) & (solids.size[:, None, :, None, 0] > 0)
+    between = (near < far) & (near > 0) & (near < 0.98) & (size[:, None, :, None, 0] > 0)
     return kind[:, None] * ~between.any(dim=2)
 
 
