@@ -1,10 +1,12 @@
-"""``nmp-train``: simulate, compare, train."""
+"""``nmp-train``: simulate, compare, train, score."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nmp import __version__
@@ -65,14 +67,15 @@ def _sim(arguments: argparse.Namespace) -> None:
             raise NmpError(f"--{name} {value} is out of range: choose {least} or more")
     if arguments.seed < 0:
         raise NmpError(f"--seed {arguments.seed} is out of range: choose 0 or more")
-    if arguments.plan and (arguments.only or arguments.sweeps):
-        raise NmpError("--plan draws no images: leave out --only and --sweeps")
+    noisy = arguments.pose_noise is not None or arguments.yaw_noise is not None
+    if arguments.plan and (arguments.only or arguments.sweeps or noisy):
+        raise NmpError("--plan draws no images: leave out --only, --sweeps, --pose-noise and --yaw-noise")
 
     from nmp_train.sim import make
     from nmp_train.sim.localisation import LocalisationNoise
 
     noise = None
-    if arguments.pose_noise is not None or arguments.yaw_noise is not None:
+    if noisy:
         noise = LocalisationNoise(arguments.pose_noise or 0.0, arguments.yaw_noise or 0.0)
     output = make.Output(
         version=arguments.version,
@@ -112,10 +115,17 @@ def _fit(arguments: argparse.Namespace) -> None:
     from nmp_train.fit import fit
 
     config = load_config(arguments.config, arguments.override)
-    fit(config, arguments.out, start=arguments.start, first_stage=arguments.first_stage, device_name=arguments.device)
+    fit(
+        config,
+        arguments.out,
+        start=arguments.start,
+        backbone=arguments.backbone,
+        first_stage=arguments.first_stage,
+        device_name=arguments.device,
+    )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nmp-train", description="Make simulated data and train nmp's networks.")
     parser.add_argument("--version", action="version", version=f"nmp-train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -199,21 +209,36 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("override", nargs="*", help="key=value, for example stages.0.batch=8")
     fit.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
     fit.add_argument("--start", type=Path, help="weights to start from")
+    fit.add_argument("--backbone", type=Path, help="weights of another network whose backbone to start from")
     fit.add_argument("--first-stage", type=int, default=1, help="skip the stages before this one (default 1)")
     fit.add_argument("--device", help="cuda or cpu (default: cuda when there is one)")
     fit.set_defaults(run=_fit)
+
+    score = commands.add_parser("eval", help="score weights on a nuScenes data set", formatter_class=plain)
+    # Imported only when it is asked for: the help of the other commands stays instant.
+    if next((a for a in argv if not a.startswith("-")), None) == "eval":
+        from nmp_train import evaluate
+
+        evaluate.add_arguments(score)
+        score.set_defaults(run=evaluate.run)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 nobody reads the output, 2 wrong input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except NmpError as error:
         print(f"nmp-train: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # As after "| head". What is still buffered has to go somewhere when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

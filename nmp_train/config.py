@@ -23,6 +23,9 @@ class WorldsConfig:
     size_m: float = 400.0
     drives: int = 60
     duration_s: float = 30.0
+    difficulties: tuple[float, ...] = (1.0,)
+    """how ambiguous the ground is (see :class:`nmp_train.sim.clutter.Clutter`): for training, cities take these in
+    turn; for validation, every city is scored at each"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ def _build(kind: Any, values: Any, where: str) -> Any:
             out[name] = NetworkConfig.from_dict(value)
         elif dataclasses.is_dataclass(hint):
             out[name] = _build(hint, value, here)
+        elif name == "difficulties":
+            if not isinstance(value, list) or not value or not all(isinstance(v, int | float) for v in value):
+                raise NmpError(f"{here} must be a list of numbers such as [0.5, 1.0], got {value!r}")
+            out[name] = tuple(float(v) for v in value)
         elif name == "stages":
             out[name] = tuple(_build(StageConfig, v, f"{here}[{i}]") for i, v in enumerate(value))
         else:

@@ -50,16 +50,24 @@ class Batch:
     """[F] day, rain or night"""
 
 
-def make_worlds(config: WorldsConfig, workers: int) -> list[World]:
-    """Generate the cities of a configuration, in parallel."""
+def make_worlds(config: WorldsConfig, workers: int, *, at_every_difficulty: bool = False) -> list[World]:
+    """Generate the cities of a configuration, in parallel.
+
+    :param at_every_difficulty: each city at each of ``config.difficulties``, instead of one of them in turn
+    """
     seeds = range(config.first_seed, config.first_seed + config.seeds)
+    levels = config.difficulties
+    if at_every_difficulty:
+        jobs = [(seed, level) for level in levels for seed in seeds]
+    else:
+        jobs = [(seed, levels[i % len(levels)]) for i, seed in enumerate(seeds)]
     make = functools.partial(make_world, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s)
     if not workers:
-        return [make(seed) for seed in tqdm(seeds, desc="cities", unit="city")]
+        return [make(*job) for job in tqdm(jobs, desc="cities", unit="city")]
     # Spawned, not forked: torch's threads do not survive a fork.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, config.seeds), mp_context=spawn) as pool:
-        return list(tqdm(pool.map(make, seeds), desc="cities", unit="city", total=config.seeds))
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+        return list(tqdm(pool.map(make, *zip(*jobs, strict=True)), desc="cities", unit="city", total=len(jobs)))
 
 
 class Simulator:
@@ -67,13 +75,17 @@ class Simulator:
 
     def __init__(self, worlds: list[World], config: TrainConfig, device: torch.device) -> None:
         self.ground = Ground.of([w.surface for w in worlds], device)
+        self.cities = len(worlds)
         self.config = config
         self.device = device
         self.cpu_generator = torch.Generator().manual_seed(config.seed)
         self.generator = torch.Generator(device).manual_seed(config.seed)
 
-    def render(self, group: Group) -> Batch:
-        """Render every frame of a batch in a weather of its own."""
+    def render(self, group: Group, first_city: int = 0) -> Batch:
+        """Render every frame of a batch in a weather of its own.
+
+        :param first_city: number among the simulator's worlds that the group counts its cities from
+        """
         b, t = group.centre.shape[:2]
         f = b * t
 
@@ -84,7 +96,7 @@ class Simulator:
         weather = self._draw_weather(f)
         images = render(
             self.ground,
-            group.city.to(self.device).repeat_interleave(t),
+            (group.city + first_city).to(self.device).repeat_interleave(t),
             flat(group.centre),
             flat(group.intrinsics),
             flat(group.map_from_camera),
@@ -183,6 +195,7 @@ def validate(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Score held-out cities without prior, and with a prior of the other frames of each group.
 
+    :param worlds: the last ones of the simulator's
     :return: for ``no prior`` and ``with prior`` the scores in all, by weather and by distance (percent)
     """
     network.eval()
@@ -192,17 +205,18 @@ def validate(
     generator = torch.Generator(simulator.device).manual_seed(seed)
     always = dataclasses.replace(config, prior_dropout=0.0)
     for group in loader(worlds, config, stage, seed, groups):
-        batch = simulator.render(group)
+        batch = simulator.render(group, simulator.cities - len(worlds))
         with torch.autocast(simulator.device.type, torch.bfloat16, enabled=simulator.device.type == "cuda"):
             present = torch.ones(batch.images.shape[:2], device=simulator.device)
             bev = network.encode(batch.images, batch.pixel_from_base, present)
             latent, evidence = group_prior(network, bev, batch.pose, always, generator)
             single, fused = network.decode(bev), network.decode(bev, latent, evidence)
         truth = batch.truth.cpu().numpy()
+        levels = [worlds[i].difficulty for i in group.city.tolist() for _ in range(stage.group)]
         for name, logits in (("no prior", single), ("with prior", fused)):
             predicted = (logits > 0).cpu().numpy()
-            for one, expected, weather in zip(predicted, truth, batch.weather, strict=True):
-                scores[name].add(one, expected, [weather])
+            for one, expected, weather, level in zip(predicted, truth, batch.weather, levels, strict=True):
+                scores[name].add(one, expected, [weather, f"difficulty {level:g}"])
     return {name: breakdown.percent() for name, breakdown in scores.items()}
 
 
@@ -215,12 +229,14 @@ def fit(
     out: Path,
     *,
     start: Path | None = None,
+    backbone: Path | None = None,
     first_stage: int = 1,
     device_name: str | None = None,
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
     :param start: weights to begin with, as a run of earlier stages left them
+    :param backbone: weights of another network, to begin with its backbone
     :return: the summary that is also written to ``<out>/training.json``
     """
     if not 1 <= first_stage <= len(config.stages):
@@ -233,10 +249,12 @@ def fit(
     torch.backends.cudnn.benchmark = True
     out.mkdir(parents=True, exist_ok=True)
     worlds = make_worlds(config.worlds, config.workers)
-    held_out = make_worlds(config.validation, config.workers)
-    simulator = Simulator(worlds, config, device)
-    examiner = Simulator(held_out, config, device)
+    held_out = make_worlds(config.validation, config.workers, at_every_difficulty=True)
+    # One simulator for both: a second ground of another size would be compiled for anew.
+    simulator = Simulator(worlds + held_out, config, device)
     network = load_network(start)[0] if start else BEVNetwork(config.network)
+    if backbone:
+        _copy_backbone(network, backbone)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     history: list[dict[str, Any]] = []
     result: dict[str, Any] = {"stages": history, "config": config.to_dict(), "device": _device_text(device)}
@@ -244,11 +262,25 @@ def fit(
     for number, stage in list(enumerate(config.stages))[first_stage - 1 :]:
         history.append({"stage": number + 1, **_run_stage(network, simulator, worlds, config, stage, number, curves)})
         save_network(network, out / "network.safetensors", result)
-        history[-1]["scores"] = validate(network, examiner, held_out, config, config.validation_groups, 77)
+        history[-1]["scores"] = validate(network, simulator, held_out, config, config.validation_groups, 77)
         print(_table(history[-1]["scores"]), flush=True)
         (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
         save_network(network, out / "network.safetensors", result)
     return result
+
+
+def _copy_backbone(network: BEVNetwork, source: Path) -> None:
+    """Take the backbone of other weights, of the same backbone but any other layers."""
+    other = load_network(source)[0]
+    if (other.config.backbone, other.config.backbone_stages) != (
+        network.config.backbone,
+        network.config.backbone_stages,
+    ):
+        raise NmpError(
+            f"{source} has a {other.config.backbone} of {other.config.backbone_stages} stages, the configuration a "
+            f"{network.config.backbone} of {network.config.backbone_stages}: choose weights of the same backbone"
+        )
+    network.backbone.load_state_dict(other.backbone.state_dict())
 
 
 def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:

@@ -34,12 +34,24 @@ class World:
     """[F, 5]: x, y (m), yaw (rad), drive, time (s) of every frame of every drive"""
     index: cKDTree
     """over x, y of ``frames``"""
+    difficulty: float = 1.0
+    """of the ground, see :func:`make_world`"""
 
 
 def make_world(
-    seed: int, *, size_m: float, drives: int, duration_s: float, rate_hz: float = 2.0, texel_m: float = 0.1
+    seed: int,
+    difficulty: float = 1.0,
+    *,
+    size_m: float,
+    drives: int,
+    duration_s: float,
+    rate_hz: float = 2.0,
+    texel_m: float = 0.1,
 ) -> World:
-    """Generate a city and drives through it, all from one seed."""
+    """Generate a city and drives through it, all from one seed.
+
+    :param difficulty: how ambiguous the ground is, see :class:`nmp_train.sim.clutter.Clutter`
+    """
     location = LOCATIONS[seed % len(LOCATIONS)]
     tables = generate_city(seed, location, size_m)
     city = CityMap.from_tables(tables, location)
@@ -52,10 +64,11 @@ def make_world(
     return World(
         tables,
         city,
-        paint_surface(city, city_bounds(city), seed + 3, texel_m),
+        paint_surface(city, city_bounds(city), seed + 3, texel_m, difficulty=difficulty),
         make_scenery(tables, seed + 4),
         routes,
         traffic,
         frames,
         cKDTree(frames[:, :2]),
+        difficulty,
     )

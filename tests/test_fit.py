@@ -1,6 +1,7 @@
 """The trainer: configurations that are checked, labels that are the evaluation's, and a run that ends in weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from nmp.errors import NmpError
 from nmp.geometry import BevGrid
-from nmp.model import BEVNetwork, NetworkConfig, load_network
+from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.truth import rasterize
 from nmp_train.cli import main
 from nmp_train.config import TrainConfig, load_config
@@ -27,7 +28,7 @@ supersample: 1
 validation_groups: 1
 network: {backbone_stages: 2, input_width: 64, input_height: 32, neck_channels: 8, bev_channels: 16, prior_channels: 4}
 worlds: {seeds: 1, first_seed: 1001, size_m: 250.0, drives: 1, duration_s: 5.0}
-validation: {seeds: 1, first_seed: 501, size_m: 250.0, drives: 1, duration_s: 5.0}
+validation: {seeds: 1, first_seed: 501, size_m: 250.0, drives: 1, duration_s: 5.0, difficulties: [0.5, 1]}
 stages:
   - {seconds: 0, steps: 2, batch: 1, group: 1}
   - {seconds: 0, steps: 2, batch: 1, group: 3, freeze_images: true, learning_rate: 0.05, warmup_steps: 1}
@@ -54,6 +55,7 @@ def test_the_shipped_configuration_is_valid() -> None:
         ("workers: true", [], "workers must be int"),
         ("worlds: {seeds: 1.5}", [], "seeds must be int"),
         ("stages: [{batch: x}]", [], r"stages\[0\]: batch must be int"),
+        ("worlds: {difficulties: 1}", [], "difficulties must be a list of numbers"),
         ("network: {backbone: 18}", [], "backbone must be str"),
         ("stages: [{batch: 1}]", ["stages.7.batch=2"], "there is no '7'"),
         ("seed: 1", ["seed"], "key=value"),
@@ -124,4 +126,19 @@ def test_a_run_ends_in_weights_that_load(tmp_path: Path) -> None:
     assert summary["stages"][0]["steps"] == 2
     scores = summary["stages"][0]["scores"]
     assert set(scores) == {"no prior", "with prior"} and {"all", "0-10 m", "20-40 m"} <= set(scores["no prior"])
+    assert any(name.startswith("difficulty ") for name in scores["no prior"])
     assert list((tmp_path / "two" / "curves").iterdir())
+
+
+def test_a_backbone_is_taken_from_other_weights(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    save_network(BEVNetwork(replace(SMALL, bev_channels=8)), tmp_path / "other.safetensors", {})
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    nothing = ["stages.0.steps=0", "stages.1.steps=0"]
+    arguments = ["--backbone", str(tmp_path / "other.safetensors"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["fit", str(config), *nothing, *arguments]) == 0
+    given, taken = (load_network(tmp_path / p)[0] for p in ("other.safetensors", "out/network.safetensors"))
+    for name, value in given.backbone.state_dict().items():
+        torch.testing.assert_close(taken.backbone.state_dict()[name], value, msg=name)
+    assert main(["fit", str(config), "network.backbone_stages=1", *nothing, *arguments]) == 2  # another backbone

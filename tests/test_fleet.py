@@ -15,10 +15,9 @@ import shapely
 from nmp.citymap import CityMap
 from nmp.errors import NmpError
 from nmp_train.cli import main
-from nmp_train.sim.city import generate_city
 from nmp_train.sim.drive import load_trajectories, sample_stretch, stretch_lanes
 from nmp_train.sim.fleet import FleetPlan, PlannedScene, pass_counts, plan_fleet, quota
-from nmp_train.sim.lanes import world_of
+from nmp_train.sim.lanes import roads_of
 from nmp_train.sim.overlap import overlaps
 
 
@@ -81,7 +80,7 @@ def test_streets_are_driven_again_in_part_and_both_ways(plan: FleetPlan) -> None
 
 def test_drives_keep_to_the_lanes_of_their_direction(plan: FleetPlan) -> None:
     for place, tables in plan.cities.items():
-        graph, city = world_of(tables).graph, CityMap.from_tables(tables, place)
+        graph, city = roads_of(tables).graph, CityMap.from_tables(tables, place)
         road = shapely.union_all(list(city.road_segments.geometries))
         for scene in plan.scenes:
             if scene.trajectory.location != place:
@@ -101,14 +100,13 @@ def test_drives_keep_to_the_lanes_of_their_direction(plan: FleetPlan) -> None:
             assert with_flow > 0.8 * len(poses), scene.name
 
 
-def test_the_way_back_uses_other_lanes() -> None:
-    city = generate_city(5, "boston-seaport", 400.0)
-    graph = world_of(city).graph
+def test_the_way_back_uses_other_lanes(boston: dict[str, Any]) -> None:
+    graph = roads_of(boston).graph
     rng = np.random.default_rng(1)
     found = 0
     for _ in range(12):
-        stretch = sample_stretch(city, rng, 120.0)
-        there, back = stretch_lanes(city, stretch), stretch_lanes(city, stretch, opposite=True)
+        stretch = sample_stretch(boston, rng, 120.0)
+        there, back = stretch_lanes(boston, stretch), stretch_lanes(boston, stretch, opposite=True)
         assert not {i for chain in there for i in chain} & {i for chain in back for i in chain}
         for chain in back:
             found += 1

@@ -18,7 +18,6 @@ from nmp.evaluation import CityMaps
 from nmp.frame import ANCHOR_CAMERA, LocalMap
 from nmp.geometry import BevGrid, transform_from, transform_from_xyyaw, yaw_of
 from nmp.layers import LayerWriter
-from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import Drive, write_dataset
 from nmp_train.sim.drive import sample_routes
 from nmp_train.sim.localisation import MAX_ANGLE_RAD, LocalisationNoise
@@ -92,8 +91,7 @@ def black(*args: Any, size: tuple[int, int], **kwargs: Any) -> NDArray[np.uint8]
     return np.zeros((6, size[1], size[0], 3), np.uint8)
 
 
-def write(out: Path, localisation: LocalisationNoise | None) -> Path:
-    city = generate_city(5, BOSTON, 300.0)
+def write(out: Path, city: dict[str, Any], localisation: LocalisationNoise | None) -> Path:
     route = max(sample_routes(city, 2, 4, 2.0, 10.0), key=lambda r: np.ptp(r.poses_xyyaw[:, 0]))
     return write_dataset(
         out,
@@ -108,8 +106,8 @@ def write(out: Path, localisation: LocalisationNoise | None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("noisy") / "data", NOISE)
+def root(boston: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("noisy") / "data", boston, NOISE)
 
 
 def table(root: Path, name: str) -> Any:
@@ -121,8 +119,8 @@ def matrix(row: dict[str, Any]) -> NDArray[np.float64]:
     return transform_from(np.array(row["translation"]), np.array([x, y, z, w]))
 
 
-def test_the_data_set_keeps_the_truth_and_tells_the_belief(root: Path, tmp_path: Path) -> None:
-    exact = write(tmp_path / "exact", None)
+def test_the_data_set_keeps_the_truth_and_tells_the_belief(root: Path, boston: dict[str, Any], tmp_path: Path) -> None:
+    exact = write(tmp_path / "exact", boston, None)
     assert not (exact / VERSION / "ego_pose_estimate.json").exists()
     assert table(root, "ego_pose") == table(exact, "ego_pose")
     poses, estimates = table(root, "ego_pose"), table(root, "ego_pose_estimate")

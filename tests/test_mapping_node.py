@@ -416,11 +416,11 @@ def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) ->
         node = node_process("nmp.nodes.mapping_node", "--ros-args", *arguments, domain=domain)
         recorder = node_process("nmp.nodes.recorder_node", "--ros-args", "-p", f"out_dir:={out}", domain=domain)
         player = node_process(
-            "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=0.5", domain=domain
+            "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=2.0", domain=domain
         )
         _, err = player.communicate(timeout=60)
         assert player.returncode == 0, err
-        time.sleep(2.0)
+        until(lambda folder=out: len(list(folder.glob("*.npz"))) == 4, 20)
         for process in (node, recorder):
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=40)

@@ -36,10 +36,10 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that has learned nothing."""
+    """A small network that has learned nothing."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    save_network(BEVNetwork(NetworkConfig()), path, {})
+    save_network(BEVNetwork(NetworkConfig(input_width=176, input_height=96)), path, {})
     return path
 
 

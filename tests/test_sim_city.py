@@ -23,50 +23,47 @@ from nmp_train.sim.boxes import (
     PEDESTRIAN,
     SIGN,
     ego_middle,
+    nearest,
     rectangles_touch,
 )
 from nmp_train.sim.city import generate_city, road_mask, write_map
 from nmp_train.sim.drive import Trajectory, load_trajectories, sample_routes, second_pass
-from nmp_train.sim.lanes import arcline_points, world_of
+from nmp_train.sim.lanes import arcline_points, roads_of
 from nmp_train.sim.mapjson import arcline_paths
-from nmp_train.sim.traffic import make_scenery, make_traffic, nearest
+from nmp_train.sim.scenery import make_scenery
+from nmp_train.sim.traffic import make_traffic
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "real"
 BOSTON = "boston-seaport"
 
 
 @pytest.fixture(scope="module")
-def city() -> dict[str, Any]:
-    return generate_city(5, BOSTON, 360.0)
+def routes(boston: dict[str, Any]) -> list[Trajectory]:
+    return sample_routes(boston, 2, 12, 15.0, 10.0)
 
 
-@pytest.fixture(scope="module")
-def routes(city: dict[str, Any]) -> list[Trajectory]:
-    return sample_routes(city, 2, 12, 15.0, 10.0)
-
-
-def test_same_seed_same_city(city: dict[str, Any]) -> None:
-    assert json.dumps(generate_city(5, BOSTON, 360.0)) == json.dumps(city)
-    assert json.dumps(generate_city(6, BOSTON, 360.0)) != json.dumps(city)
+def test_same_seed_same_city(boston: dict[str, Any]) -> None:
+    assert json.dumps(generate_city(5, BOSTON, 360.0)) == json.dumps(boston)
+    assert json.dumps(generate_city(6, BOSTON, 360.0)) != json.dumps(boston)
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_geometry_is_valid_and_complete(location: str) -> None:
     for seed in (1, 2):
-        tables = generate_city(seed, location, 420.0)
+        tables = generate_city(seed, location, 320.0)
         layers = CityMap.from_tables(tables, location)
         for name in ("road_segments", "lanes", "walkways", "crossings", "road_dividers", "lane_dividers"):
             shapes = np.array(getattr(layers, name).geometries)
             assert len(shapes), name
             assert shapely.is_valid(shapes).all() and not shapely.is_empty(shapes).any(), name
             bounds = shapely.total_bounds(shapes)
-            assert bounds[:2].min() >= 0 and bounds[2:].max() <= 420.0, name
+            assert bounds[:2].min() >= 0 and bounds[2:].max() <= 320.0, name
         for table, layer in (("lane", layers.lanes), ("road_segment", layers.road_segments)):
             assert len(tables[table]) == len(layer.geometries), f"the map reader dropped a {table}"
 
 
-def test_dividers_end_before_crossings_and_stay_on_the_road(city: dict[str, Any]) -> None:
-    layers = CityMap.from_tables(city, BOSTON)
+def test_dividers_end_before_crossings_and_stay_on_the_road(boston: dict[str, Any]) -> None:
+    layers = CityMap.from_tables(boston, BOSTON)
     lines = shapely.union_all([*layers.road_dividers.geometries, *layers.lane_dividers.geometries])
     crossings = shapely.union_all(list(layers.crossings.geometries))
     surface = shapely.union_all(list(layers.road_segments.geometries))
@@ -74,8 +71,8 @@ def test_dividers_end_before_crossings_and_stay_on_the_road(city: dict[str, Any]
     assert surface.buffer(0.1).contains(lines)
 
 
-def test_segments_join_without_hairlines(city: dict[str, Any]) -> None:
-    layers = CityMap.from_tables(city, BOSTON)
+def test_segments_join_without_hairlines(boston: dict[str, Any]) -> None:
+    layers = CityMap.from_tables(boston, BOSTON)
     surface = shapely.union_all([*layers.road_segments.geometries, *layers.lanes.geometries])
     # A crack between two pieces would be a long hole without area.
     holes = [shapely.Polygon(ring) for part in shapely.get_parts(surface) for ring in part.interiors]
@@ -93,9 +90,9 @@ def test_statistics_are_those_of_a_real_city() -> None:
     assert 0.5 < sum(line.length for line in dividers) / 1000 / kerb_km < 2.0
 
 
-def test_devkit_loads_the_map(city: dict[str, Any], tmp_path: Path) -> None:
+def test_devkit_loads_the_map(boston: dict[str, Any], tmp_path: Path) -> None:
     api = pytest.importorskip("nuscenes.map_expansion.map_api")
-    mask = write_map(city, tmp_path, BOSTON)
+    mask = write_map(boston, tmp_path, BOSTON)
     assert (tmp_path / mask).is_file()
     devkit = api.NuScenesMap(str(tmp_path), BOSTON)
     layers = ["road_segment", "lane", "ped_crossing", "walkway", "stop_line", "drivable_area"]
@@ -104,15 +101,15 @@ def test_devkit_loads_the_map(city: dict[str, Any], tmp_path: Path) -> None:
     dividers = dict(devkit.get_map_geom((180, 180, 360, 360), 0.0, ["road_divider", "lane_divider"]))
     assert dividers["road_divider"] and dividers["lane_divider"]
     lanes = {r["token"] for r in devkit.lane} | {r["token"] for r in devkit.lane_connector}
-    ours = world_of(city).graph
+    ours = roads_of(boston).graph
     for line in ours.lanes[:40]:
         theirs = np.array(devkit.discretize_lanes([line.token], 0.5)[line.token])[:, :2]
         assert shapely.hausdorff_distance(shapely.LineString(theirs), line.line) < 0.3
         assert all(t in lanes for t in devkit.get_outgoing_lane_ids(line.token))
 
 
-def test_mask_is_white_on_the_road(city: dict[str, Any], routes: list[Trajectory]) -> None:
-    mask = road_mask(city)
+def test_mask_is_white_on_the_road(boston: dict[str, Any], routes: list[Trajectory]) -> None:
+    mask = road_mask(boston)
     assert mask.shape == (3600, 3600) and 0.05 < (mask > 0).mean() < 0.4
     poses = np.concatenate([r.poses_xyyaw for r in routes])
     rows, cols = mask.shape[0] - np.round(poses[:, 1] * 10).astype(int), np.round(poses[:, 0] * 10).astype(int)
@@ -126,8 +123,8 @@ def test_arclines_round_trip() -> None:
     assert shapely.hausdorff_distance(shapely.LineString(curve), shapely.LineString(back)) < 0.05
 
 
-def test_routes_stay_on_the_road_and_move_like_cars(city: dict[str, Any], routes: list[Trajectory]) -> None:
-    layers = CityMap.from_tables(city, BOSTON)
+def test_routes_stay_on_the_road_and_move_like_cars(boston: dict[str, Any], routes: list[Trajectory]) -> None:
+    layers = CityMap.from_tables(boston, BOSTON)
     surface = shapely.union_all(list(layers.road_segments.geometries))
     poses = np.concatenate([r.poses_xyyaw for r in routes])
     assert shapely.contains(surface, shapely.points(poses[:, :2])).mean() > 0.99
@@ -142,8 +139,8 @@ def test_routes_stay_on_the_road_and_move_like_cars(city: dict[str, Any], routes
     assert np.ptp([r.poses_xyyaw[0, 2] for r in routes]) > 1.0, "drives should go in several directions"
 
 
-def test_routes_and_second_pass_repeat_with_the_seed(city: dict[str, Any], routes: list[Trajectory]) -> None:
-    again = sample_routes(city, 2, 2, 15.0, 10.0)
+def test_routes_and_second_pass_repeat_with_the_seed(boston: dict[str, Any], routes: list[Trajectory]) -> None:
+    again = sample_routes(boston, 2, 2, 15.0, 10.0)
     assert np.array_equal(again[1].poses_xyyaw, routes[1].poses_xyyaw)
     moving = max(routes, key=lambda r: float(np.hypot(*(r.poses_xyyaw[-1] - r.poses_xyyaw[0])[:2])))
     first, second = second_pass(moving, 4), second_pass(moving, 4)
@@ -155,8 +152,12 @@ def test_routes_and_second_pass_repeat_with_the_seed(city: dict[str, Any], route
     assert first.duration_s != moving.duration_s
 
 
-def test_a_map_without_lane_graph_says_so(city: dict[str, Any]) -> None:
-    bare = {**city, "arcline_path_3": {}, "connectivity": {}}
+def test_short_drives_are_possible(boston: dict[str, Any]) -> None:
+    assert [r.duration_s for r in sample_routes(boston, 6, 8, 1.0, 5.0)] == pytest.approx([1.0] * 8)
+
+
+def test_a_map_without_lane_graph_says_so(boston: dict[str, Any]) -> None:
+    bare = {**boston, "arcline_path_3": {}, "connectivity": {}}
     with pytest.raises(NmpError, match="no lane graph"):
         sample_routes(bare, 1, 1, 5.0, 2.0)
     with pytest.raises(NmpError, match="size"):
@@ -177,32 +178,32 @@ def _touches_ego(route: Trajectory, city: dict[str, Any], seed: int, density: fl
     return False, most
 
 
-def test_traffic_never_touches_the_ego(city: dict[str, Any], routes: list[Trajectory]) -> None:
+def test_traffic_never_touches_the_ego(boston: dict[str, Any], routes: list[Trajectory]) -> None:
     counts = []
     for k, route in enumerate(routes[:5]):
-        touches, most = _touches_ego(route, city, k, 1.3)
+        touches, most = _touches_ego(route, boston, k, 1.3)
         assert not touches
         counts.append(most)
     assert np.mean(counts) > 8
 
 
-def test_traffic_boxes(city: dict[str, Any], routes: list[Trajectory]) -> None:
-    traffic, again = (make_traffic(city, routes[0], 3, 1.0) for _ in range(2))
+def test_traffic_boxes(boston: dict[str, Any], routes: list[Trajectory]) -> None:
+    traffic, again = (make_traffic(boston, routes[0], 3, 1.0) for _ in range(2))
     boxes = traffic.at(4.0)
     assert np.array_equal(boxes.centre, again.at(4.0).centre)
     assert {BODY, CABIN, PEDESTRIAN} <= set(np.unique(boxes.kind)) <= {BODY, CABIN, PEDESTRIAN, BARRIER, SIGN, CONE}
     assert (boxes.instance >= 0).all()
     assert (boxes.size > 0).all() and (boxes.rgb >= 0).all() and (boxes.rgb <= 1).all()
     assert (boxes.centre[:, 2] - boxes.size[:, 2] / 2 > -1e-6).all()
-    assert len(make_traffic(city, routes[0], 3, 0.0).at(0.0)) == 0
+    assert len(make_traffic(boston, routes[0], 3, 0.0).at(0.0)) == 0
     few = nearest(boxes, routes[0].poses_xyyaw[0, :2], 30.0, 10)
     assert len(few) <= 10
 
 
-def test_scenery_keeps_off_the_road(city: dict[str, Any]) -> None:
-    layers = CityMap.from_tables(city, BOSTON)
+def test_scenery_keeps_off_the_road(boston: dict[str, Any]) -> None:
+    layers = CityMap.from_tables(boston, BOSTON)
     surface = shapely.union_all(list(layers.road_segments.geometries))
-    scenery = make_scenery(city, 1)
+    scenery = make_scenery(boston, 1)
     assert {2, 3, 4, 6} <= set(scenery.kind.tolist()) and (scenery.instance == -1).all()
     assert not shapely.intersects(surface, shapely.points(scenery.centre[:, :2])).any()
 

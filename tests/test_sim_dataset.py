@@ -22,7 +22,6 @@ from nmp.geometry import inverse, transform_from
 from nmp_train.sim import dataset
 from nmp_train.sim.boxes import Boxes
 from nmp_train.sim.changes import draw_changes
-from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import Drive, write_dataset
 from nmp_train.sim.drive import Trajectory, sample_routes, second_pass
 from nmp_train.sim.mapjson import MapBuilder
@@ -46,8 +45,8 @@ def grey(
 
 
 @pytest.fixture(scope="module")
-def city() -> dict[str, Any]:
-    return generate_city(5, BOSTON, 360.0)
+def city(boston: dict[str, Any]) -> dict[str, Any]:
+    return boston
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_a_failed_run_leaves_no_data_set(city: dict[str, Any], drives: list[Driv
 
     with pytest.raises(RuntimeError):
         write_dataset(tmp_path / "c", drives, {BOSTON: city}, render=broken, image_size=SIZE, progress=False)
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_user_errors(city: dict[str, Any], drives: list[Drive], root: Path, tmp_path: Path) -> None:
@@ -193,6 +192,8 @@ def test_user_errors(city: dict[str, Any], drives: list[Drive], root: Path, tmp_
         write_dataset(tmp_path / "d", drives, {}, render=grey)
     with pytest.raises(NmpError, match="no drives"):
         write_dataset(tmp_path / "d", [], {}, render=grey)
+    with pytest.raises(NmpError, match="nothing draws the drives in boston-seaport"):
+        write_dataset(tmp_path / "d", drives, {BOSTON: city})
     with pytest.raises(NmpError, match="unknown vehicle"):
         nuscenes_rig("n001")
     with pytest.raises(NmpError, match="two or more poses"):

@@ -20,13 +20,11 @@ from shapely.geometry import LineString, Point, Polygon
 from shapely.geometry.base import BaseGeometry
 from shapely.ops import substring
 
-from nmp.changelog import AREA_LAYERS, KINDS, LINE_LAYERS, Change, Shape, apply_changes, checked_date, in_force
+from nmp.changelog import AREA_LAYERS, KINDS, LINE_LAYERS, Change, Shape, checked_date, in_force
 from nmp.citymap import CityMap
 from nmp.errors import NmpError
 from nmp_train.sim.lanes import arcline_points
 from nmp_train.sim.mapjson import lines_of, polygons_of
-
-__all__ = ["Change", "apply_changes", "draw_changes", "removed_markings"]
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +42,11 @@ STREET_WIDTH_M = (5.0, 32.0)
 MEDIAN_M = 6.0
 """a crossing spans islands up to this width"""
 MOVE_M = (0.5, 1.5)
+"""dividers move sideways by this much"""
 NARROWEST_LANE_M = 2.2
+"""a divider that moves keeps this far from the others"""
 LONGEST_MOVE_M = 400.0
+"""of all lines that move together"""
 KERB_SHIFT_M = (1.0, 3.0)
 KERB_LENGTH_M = (20.0, 60.0)
 FREE_LANE_M = 1.1
@@ -164,6 +165,8 @@ class _Site:
         points = [arcline_points(paths) for paths in tables.get("arcline_path_3", {}).values()]
         ways = [LineString(p) for p in points if len(p) > 1]
         streets = [line for _, _, line in dividers] + ways
+        if along is not None:  # a car that stands gives the same point again and again
+            along = shapely.remove_repeated_points(along)
         seen = None if along is None else along.buffer(NEAR_M)
         if seen is not None:
             streets = [part for line in streets for part in lines_of(line.intersection(seen), 2.0)]
@@ -181,9 +184,11 @@ class _Site:
         )
 
     def is_seen(self, place: BaseGeometry) -> bool:
+        """Return whether something touches what can be seen from the drives."""
         return self.along is None or bool(self.along.intersects(place))
 
     def is_free(self, draft: _Draft) -> bool:
+        """Return whether a draft can be seen and lies apart from the changes that were taken."""
         return self.is_seen(draft.place) and (
             not self.taken or shapely.distance(draft.extent, self.taken).min() > APART_M
         )

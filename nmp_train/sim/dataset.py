@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 from shapely.geometry import LineString
 from tqdm import tqdm
 
-from nmp.changelog import LAST_DAY, Change, apply_changes, in_force, time_zone, write_changes
+from nmp.changelog import LAST_DAY, Change, apply_changes, checked_date, in_force, time_zone, write_changes
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, Camera
 from nmp_train.sim.boxes import Boxes, nearest
@@ -135,6 +135,8 @@ def write_dataset(
     for drive in wanted:
         if drive.trajectory.location not in cities:
             raise NmpError(f"no map for location {drive.trajectory.location!r}: pass it in cities")
+        if drive.render is None and not callable(render) and drive.trajectory.location not in render:
+            raise NmpError(f"nothing draws the drives in {drive.trajectory.location}: pass a call as render")
     scenes = _schedule(wanted)
     map_dates = {}
     for place, given in changes.items():
@@ -211,7 +213,10 @@ def _log_seed(seed: int, scene: _Scene) -> int:
 
 @contextmanager
 def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """Give a folder to write into that takes the name ``out`` only when everything in it was written."""
+    """Give a folder to write into that takes the name ``out`` only when everything in it was written.
+
+    After an error nothing is left of it.
+    """
     part = out.parent / f".{out.name}.partial"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -219,7 +224,10 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
         yield part
         part.rename(out)
     except OSError as error:
-        raise NmpError(f"cannot write {part} ({error.strerror}): free some space; {out} was not made") from error
+        reason = error.strerror or error
+        raise NmpError(f"cannot write {part} ({reason}): free some space; {out} was not made") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _schedule(drives: Sequence[Drive]) -> list[_Scene]:
@@ -235,7 +243,7 @@ def _schedule(drives: Sequence[Drive]) -> list[_Scene]:
         if key not in clock:
             # Cities and cars start at different minutes, so that no two logs have one name.
             minute = 7 * len(clock) % 55
-            day = datetime.datetime.fromisoformat(date)
+            day = datetime.datetime.fromisoformat(checked_date(date))
             starts[key] = clock[key] = day.replace(hour=20 if dark else 10, minute=minute, tzinfo=time_zone(place))
         stamp = starts[key].strftime("%Y-%m-%d-%H-%M-%S%z")
         begin = round(clock[key].timestamp() * 1e6)

@@ -16,14 +16,16 @@ from scipy.interpolate import PchipInterpolator
 from shapely.geometry import LineString
 from shapely.ops import substring
 
+from nmp.changelog import checked_date
 from nmp.errors import NmpError
-from nmp_train.sim.lanes import World, world_of
+from nmp_train.sim.lanes import RoadNetwork, roads_of
 from nmp_train.sim.paths import Path, Stop, drive_along, lateral_wander
 
 Array = NDArray[np.float64]
 REAR_TO_FRONT_M = 3.45
 """from the rear axle, where the ego pose is, to the front bumper"""
 LANE_M = 3.3
+"""to the middle of the lane beside, about"""
 NO_GRAPH = "this map has no lane graph to drive on: give trajectories by file instead (load_trajectories)"
 
 
@@ -76,24 +78,24 @@ class Trajectory:
         return replace(self, times_s=times, poses_xyyaw=self.at(times))
 
 
-def sample_routes(
-    city: dict[str, Any], seed: int, n: int, duration_s: float, rate_hz: float, *, location: str | None = None
-) -> list[Trajectory]:
+def sample_routes(city: dict[str, Any], seed: int, n: int, duration_s: float, rate_hz: float) -> list[Trajectory]:
     """Return ``n`` drives of ``duration_s`` seconds along the lanes of a city, at ``rate_hz`` poses a second.
 
     They turn at junctions, slow down for it, sometimes change lane, sometimes stand at a junction or behind
-    nobody in particular. Needs a lane graph, which generated cities have.
+    nobody in particular.
+
+    :raise NmpError: when the map has no lane graph; generated cities have one
     """
-    world = world_of(city)
-    starts = [i for i in sorted(world.graph.alive) if not world.graph.lanes[i].connector]
+    roads = roads_of(city)
+    starts = [i for i in sorted(roads.graph.alive) if not roads.graph.lanes[i].connector]
     if not starts:
         raise NmpError(NO_GRAPH)
-    weights = np.array([world.graph.lanes[i].length for i in starts])
-    place = str(city.get("location", "")) if location is None else location
+    weights = np.array([roads.graph.lanes[i].length for i in starts])
+    place = str(city.get("location", ""))
     out = []
     for k in range(n):
         rng = np.random.default_rng([seed, k])
-        points, entries = world.graph.trace(
+        points, entries = roads.graph.trace(
             rng, int(rng.choice(starts, p=weights / weights.sum())), duration_s * 15 + 60, 0.25
         )
         path = Path(points)
@@ -121,7 +123,7 @@ def _stops(
         Stop(float(rng.uniform(begin, length)), float(rng.uniform(1, 6))) for _ in range(rng.poisson(duration_s / 90))
     ]
     if rng.random() < 0.12:
-        stops.append(Stop(begin, float(rng.uniform(1, 0.7 * duration_s))))
+        stops.append(Stop(begin, float(rng.uniform(1, max(1.0, 0.7 * duration_s)))))
     return stops
 
 
@@ -130,7 +132,7 @@ def sample_stretch(city: dict[str, Any], rng: np.random.Generator, length_m: flo
 
     Wide streets are more likely than narrow ones: most traffic is there.
     """
-    graph = world_of(city).graph
+    graph = roads_of(city).graph
     starts = [i for i in sorted(graph.alive) if not graph.lanes[i].connector]
     if not starts:
         raise NmpError(NO_GRAPH)
@@ -146,7 +148,7 @@ def stretch_lanes(city: dict[str, Any], stretch: Array, opposite: bool = False) 
 
     :param opposite: in the other direction; empty on one-way streets
     """
-    graph = world_of(city).graph
+    graph = roads_of(city).graph
     wish = Path(stretch[::-1] if opposite else stretch)
     lines = [wish.points, *(wish.shifted(d).points for d in (LANE_M, -LANE_M))]
     chains = [graph.chain_along(line) for line in lines]
@@ -170,7 +172,7 @@ def drive_stretch(
     :param start_m: how far from the beginning of the stretch the drive starts
     :return: a trajectory without name and date
     """
-    graph = world_of(city).graph
+    graph = roads_of(city).graph
     ends = np.cumsum([graph.lanes[i].length for i in chain])
     entries = [
         float(s)
@@ -209,7 +211,7 @@ def second_pass(trajectory: Trajectory, seed: int, city: dict[str, Any] | None =
     path = Path(points, smooth_m=1.0)
     shift = float(rng.choice([-1, 1]) * rng.uniform(0.15, 0.55))
     if city is not None and rng.random() < 0.5:
-        lanes = [d for d in (LANE_M, -LANE_M) if _drivable(world_of(city), path, d)]
+        lanes = [d for d in (LANE_M, -LANE_M) if _drivable(roads_of(city), path, d)]
         shift += float(rng.choice(lanes)) if lanes else 0.0
     path = path.shifted(shift + lateral_wander(rng, path, 0.0, 0.12))
     rate = 1 / float(np.median(np.diff(trajectory.times_s)))
@@ -232,14 +234,14 @@ def second_pass(trajectory: Trajectory, seed: int, city: dict[str, Any] | None =
     )
 
 
-def _drivable(world: World, path: Path, offset: float) -> bool:
+def _drivable(roads: RoadNetwork, path: Path, offset: float) -> bool:
     """Whether the path moved sideways still runs along lanes of its own direction."""
     poses = path.shifted(offset).at(np.arange(0, path.length, 4.0))
     good = 0
     for x, y, yaw in poses:
         here = shapely.points(x, y)
-        for i in world.graph.near(here.buffer(1.2)):
-            lane = world.graph.lanes[i]
+        for i in roads.graph.near(here.buffer(1.2)):
+            lane = roads.graph.lanes[i]
             s = lane.line.project(here)
             p, q = (shapely.get_coordinates(lane.line.interpolate(s + ds))[0] for ds in (-0.5, 0.5))
             if (q - p) @ [np.cos(yaw), np.sin(yaw)] > 0.8 * np.linalg.norm(q - p):
@@ -272,8 +274,8 @@ def _again(name: str) -> str:
 def load_trajectories(path: str | FilePath, rate_hz: float | None = None) -> list[Trajectory]:
     """Read recorded drives: a folder with one JSON file per scene, or one JSON file with a list of scenes or a plan.
 
-    Every scene has location, rate_hz and poses_xyyaw; its date comes from ``date`` or from ``logfile``.
-    ``rate_hz`` resamples them.
+    Every scene has location, rate_hz and poses_xyyaw; its date comes from ``date`` or from ``logfile``, and is
+    2018-01-01 where there is neither. ``rate_hz`` resamples them.
     """
     where = FilePath(path)
     if where.is_dir():
@@ -306,6 +308,6 @@ def _from_record(record: dict[str, Any]) -> Trajectory:
     poses = np.asarray(record["poses_xyyaw"], dtype=np.float64)
     times = np.arange(len(poses)) / float(record["rate_hz"])
     found = re.search(r"\d{4}-\d{2}-\d{2}", str(record.get("date") or record.get("logfile") or ""))
-    date = found.group() if found else "2018-01-01"
+    date = checked_date(found.group()) if found else "2018-01-01"
     name, log = str(record.get("scene", "")), str(record.get("logfile") or "")
     return Trajectory(str(record["location"]), date, times, poses, name, log)

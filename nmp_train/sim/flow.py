@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
 from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, ego_middle
-from nmp_train.sim.lanes import World
+from nmp_train.sim.lanes import RoadNetwork
 from nmp_train.sim.paths import Path
 from nmp_train.sim.tracks import Track
 from nmp_train.sim.vehicles import Fleet, draw_vehicles, tail_of
@@ -105,7 +105,7 @@ class _Drivers:
 
 def simulate(
     rng: np.random.Generator,
-    world: World,
+    roads: RoadNetwork,
     tracks: list[Track],
     ego: Array,
     dt: float,
@@ -130,7 +130,7 @@ def simulate(
     middle = ego_middle(ego)
     for f in range(frames):
         if f % max(1, int(2.0 / dt)) == 0:
-            _appear(rng, world, tracks, waiting, drivers, chosen, ego, f, lead_motion[f], (frames - f) * dt)
+            _appear(rng, roads, tracks, waiting, drivers, chosen, ego, f, lead_motion[f], (frames - f) * dt)
             fleet = pool.pick(np.array(chosen, dtype=np.int64))
         state = drivers.at(drivers.s)
         states.append(state)
@@ -192,7 +192,7 @@ def _starts(rng: np.random.Generator, tracks: list[Track], density: float) -> li
 
 def _appear(
     rng: np.random.Generator,
-    world: World,
+    roads: RoadNetwork,
     tracks: list[Track],
     waiting: list[tuple[int, tuple[int, float, float, float], bool]],
     drivers: _Drivers,
@@ -222,7 +222,7 @@ def _appear(
         if (long and s < ROOM_FOR_TAIL_M) or close.any() or np.hypot(*(ahead - at).T).min() < 2.6:
             continue
         # Those who stand stay where they are.
-        path = track.path(world, rng, s, seconds * max(wish, 2.0) * 1.2 + 30 if wish > 0 else 5.0)
+        path = track.path(roads, rng, s, seconds * max(wish, 2.0) * 1.2 + 30 if wish > 0 else 5.0)
         if path.length < 4:
             continue
         drivers.add(path, speed, wish, frame)

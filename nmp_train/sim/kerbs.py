@@ -11,7 +11,8 @@ from shapely.geometry.base import BaseGeometry
 from nmp.citymap import CityMap
 from nmp_train.sim.clutter import Clutter
 from nmp_train.sim.markings import TAR, paint_crossing, wear_level
-from nmp_train.sim.marks import Array, Layer, Marks, Path, pieces, rng_of
+from nmp_train.sim.marks import Array, Layer, Marks, pieces, rng_of
+from nmp_train.sim.polyline import Polyline
 from nmp_train.sim.roadside import RoadSide, Run
 
 STONE = np.array([0.5, 0.49, 0.47])
@@ -64,7 +65,7 @@ def mark_kerbs(marks: Marks, city: CityMap, side: RoadSide, region: BaseGeometry
 
 
 def _stones(
-    marks: Marks, rng: np.random.Generator, path: Path, offset: float, width: float, rgb: Array, opacity: float
+    marks: Marks, rng: np.random.Generator, path: Polyline, offset: float, width: float, rgb: Array, opacity: float
 ) -> None:
     for part in path.shifted(offset):
         strokes = pieces(part, 5.0)
@@ -72,7 +73,7 @@ def _stones(
         marks.stroke(strokes, width, rgb, level.tolist(), layer=Layer.KERB, rough=0.35)
 
 
-def _stripes(marks: Marks, rng: np.random.Generator, path: Path, width: float) -> None:
+def _stripes(marks: Marks, rng: np.random.Generator, path: Polyline, width: float) -> None:
     for part in path.shifted(-width / 2):
         stones = pieces(part, 1.0)
         level = 0.85 * rng.uniform(0.4, 1.0, len(stones))

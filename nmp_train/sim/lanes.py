@@ -19,7 +19,7 @@ from shapely.geometry import LineString, box
 from shapely.geometry.base import BaseGeometry
 
 from nmp.citymap import CityMap
-from nmp_train.sim.plan import resample
+from nmp_train.sim.polyline import distances, resample
 
 Array = NDArray[np.float64]
 
@@ -115,7 +115,7 @@ class LaneGraph:
             here = self.lanes[lane]
             points = here.points
             if skip > 0:
-                points = points[np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))]) > skip]
+                points = points[distances(points) > skip]
                 skip = 0.0
             beside = [j for j in here.beside if j in self.alive or lane not in self.alive]
             if beside and here.length > 42 and rng.random() < change:
@@ -225,8 +225,8 @@ def arcline_points(paths: list[dict[str, Any]], step: float = 1.0) -> Array:
 
 
 @dataclass(frozen=True)
-class World:
-    """A city dictionary in the forms that the simulator asks."""
+class RoadNetwork:
+    """The roads of a city dictionary, as shapes and as a graph of lanes (map frame, m)."""
 
     map: CityMap
     graph: LaneGraph
@@ -237,15 +237,18 @@ class World:
         return shapely.union_all(shapes).buffer(0.01)
 
 
-_worlds: list[tuple[dict[str, Any], World]] = []
+_parsed: list[tuple[dict[str, Any], RoadNetwork]] = []
 
 
-def world_of(city: dict[str, Any]) -> World:
-    """Return the parsed form of a city; the last few are remembered, as parsing takes a moment."""
-    for known, world in _worlds:
+def roads_of(city: dict[str, Any]) -> RoadNetwork:
+    """Return the roads of a map-expansion dictionary, which must not be altered afterwards.
+
+    Those of the last few dictionaries are remembered, as reading them takes a moment.
+    """
+    for known, roads in _parsed:
         if known is city:
-            return world
-    world = World(CityMap.from_tables(city, str(city.get("location", ""))), LaneGraph(city))
-    _worlds.append((city, world))
-    del _worlds[:-8]
-    return world
+            return roads
+    roads = RoadNetwork(CityMap.from_tables(city, str(city.get("location", ""))), LaneGraph(city))
+    _parsed.append((city, roads))
+    del _parsed[:-8]
+    return roads

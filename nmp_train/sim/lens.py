@@ -11,8 +11,10 @@ from torch.nn import functional
 
 ATLAS_SIDE = 512
 DROPS = 46
-KEY, GAMMA = 0.28, 0.64
-"""mean radiance of a well exposed picture, and the display's curve"""
+KEY, GAMMA, SHOULDER = 0.37, 0.68, 0.14
+"""mean radiance of a well exposed picture, and the display's curve: its power, and how gently it ends in white"""
+GRAIN_WIDTH = 1600
+"""the strength of the noise is that of images so wide; smaller ones are averages of more light"""
 COARSE = 4
 """what is seen through a drop is as blurred as an image reduced by this"""
 
@@ -83,12 +85,12 @@ def expose(
     gain = (exposure[:, None] * tint)[:, :, None, None] * corner[:, None]
     # photons arrive at random, and reading the sensor adds noise that shows in the dark
     light = (image * gain).clamp(min=0)
-    light = (light + grain.view(each) * (light + 0.06).sqrt() * noise).clamp(min=0)
+    light = (light + (grain * (width / GRAIN_WIDTH) ** 0.5).view(each) * (light + 0.06).sqrt() * noise).clamp(min=0)
     red, green, blue = light.unbind(1)
     grey = (0.3 * red + 0.59 * green + 0.11 * blue)[:, None]
     light = grey + saturation.view(each) * (light - grey)
     # soft shoulder and display gamma
-    return ((light / (1 + 0.28 * light)).clamp(0, 1) ** GAMMA).mul(255).round().to(torch.uint8)
+    return ((light / (1 + SHOULDER * light)).clamp(0, 1) ** GAMMA).mul(255).round().to(torch.uint8)
 
 
 def _through_drops(image: Tensor, atlas: Tensor, x: Tensor, y: Tensor, drops: Tensor, at: Tensor) -> Tensor:

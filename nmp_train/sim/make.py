@@ -23,7 +23,7 @@ from nmp_train.sim.changes import draw_changes, removed_markings
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import SEEDS_PER_DRIVE, Drive, RenderCall, write_dataset
 from nmp_train.sim.drive import Trajectory, load_trajectories, sample_routes, second_pass
-from nmp_train.sim.fleet import FleetPlan, plan_fleet
+from nmp_train.sim.fleet import WEATHER, FleetPlan, plan_fleet
 from nmp_train.sim.localisation import LocalisationNoise
 from nmp_train.sim.overlap import format_overlaps, overlaps
 from nmp_train.sim.render import Ground, Weather, render, solids_from_boxes
@@ -359,7 +359,7 @@ def _check_on_map(drive: Trajectory, city: CityMap) -> None:
 
 
 def _draw_weather(rng: np.random.Generator) -> str:
-    return str(rng.choice(["day", "rain", "night"], p=[0.7, 0.2, 0.1]))
+    return str(rng.choice(list(WEATHER), p=list(WEATHER.values())))
 
 
 def make_demo_dataset(out: Path, seed: int = DEMO_SEED) -> Path:

@@ -12,10 +12,11 @@ from shapely.geometry.base import BaseGeometry
 
 from nmp.citymap import CityMap
 from nmp_train.sim.clutter import Clutter
-from nmp_train.sim.marks import Array, Layer, Marks, Path, dashes, pieces, rng_of
+from nmp_train.sim.marks import Array, Layer, Marks, dashes, pieces, rng_of
+from nmp_train.sim.polyline import Polyline
 from nmp_train.sim.roadside import RoadSide
 
-WHITE, YELLOW = np.array([0.78, 0.78, 0.75]), np.array([0.74, 0.56, 0.14])
+WHITE, YELLOW = np.array([0.86, 0.86, 0.83]), np.array([0.82, 0.60, 0.14])
 TAR = np.array([0.075, 0.075, 0.08])
 BRICK = np.array([0.36, 0.2, 0.16])
 PIECE_M = 5.0
@@ -69,7 +70,7 @@ def wear_level(rng: np.random.Generator, faint: float, worn: float) -> tuple[flo
 def draw_line(
     marks: Marks,
     rng: np.random.Generator,
-    path: Path,
+    path: Polyline,
     style: Style,
     rgb: Array,
     state: tuple[float, float],
@@ -102,7 +103,7 @@ def mark_dividers(
     for middle, layer in ((True, city.road_dividers), (False, city.lane_dividers)):
         for line in layer.near(region):
             rng = rng_of(seed, line)
-            path = Path(shapely.get_coordinates(line))
+            path = Polyline(shapely.get_coordinates(line))
             if path.length < 0.3:
                 continue
             around = line.interpolate(0.5, normalized=True).buffer(9.0)
@@ -123,7 +124,9 @@ def mark_dividers(
                     patch(marks, rng, path.quad(start, stop, low, high), Layer.PATCH)
 
 
-def _old_line(marks: Marks, rng: np.random.Generator, path: Path, style: Style, rgb: Array, clutter: Clutter) -> None:
+def _old_line(
+    marks: Marks, rng: np.random.Generator, path: Polyline, style: Style, rgb: Array, clutter: Clutter
+) -> None:
     shift = float(rng.uniform(0.2, 0.8) * rng.choice([-1, 1]))
     for part in path.shifted(shift):
         kind = rng.random()
@@ -138,7 +141,7 @@ def patch(marks: Marks, rng: np.random.Generator, shape: BaseGeometry, layer: La
     tone = marks.asphalt * rng.uniform(low, high)
     marks.fill([shape], tone, float(rng.uniform(0.8, 1.0)), layer=layer, rough=0.25)
     if rng.random() < 0.5:
-        outline = Path(shapely.get_coordinates(shape))
+        outline = Polyline(shapely.get_coordinates(shape))
         marks.stroke(pieces(outline, 6.0), float(rng.uniform(0.04, 0.1)), TAR, 0.6, layer=layer, rough=0.6)
 
 
@@ -155,7 +158,7 @@ def mark_ghosts(marks: Marks, ghosts: Sequence[BaseGeometry], clutter: Clutter, 
                     marks.fill(bars, tone, opacity, layer=Layer.GHOST, rough=0.6)
             elif part.geom_type == "LineString" and part.length > 0.3:
                 style = Style(width=float(rng.uniform(0.16, 0.26)))
-                path = Path(shapely.get_coordinates(part))
+                path = Polyline(shapely.get_coordinates(part))
                 draw_line(marks, rng, path, style, tone, (opacity, 0.6), clutter, Layer.GHOST)
 
 
@@ -249,7 +252,7 @@ def paint_crossing(
         dash = (0.5, 0.5) if left_hand and rng.random() < 0.5 else None
         for low in (0.0, 1.0 - wide):
             ends = [corner[i] + (low + wide / 2) * (corner[j] - corner[i]) for i, j in ((0, 3), (1, 2))]
-            line = Path(ends)
+            line = Polyline(ends)
             strokes = pieces(line, 1.7) if dash is None else dashes(line, *dash, 0.0)
             level = opacity * (1 - 0.5 * rng.random(len(strokes)) * (rough > 0.5))
             marks.stroke(strokes, wide * depth, WHITE, level.tolist(), rough=rough)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA
 from nmp_train.sim.drive import Trajectory, load_trajectories
+from nmp_train.sim.polyline import distances
 
 Array = NDArray[np.float64]
 
@@ -146,7 +147,7 @@ class _Counts:
 
     @classmethod
     def joined(cls, parts: list[_Counts]) -> _Counts:
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in (f.name for f in fields(cls))))
 
 
 def _count(drives: list[Trajectory]) -> _Counts:
@@ -177,7 +178,7 @@ def _count(drives: list[Trajectory]) -> _Counts:
 def _pieces(drive: Trajectory) -> Array:
     """Return [P, 3] x, y (m), yaw (rad) every ``CELL_M`` along a drive; places that it passes again are left out."""
     xy = drive.poses_xyyaw[:, :2]
-    s = np.concatenate([[0.0], np.hypot(*np.diff(xy, axis=0).T).cumsum()])
+    s = distances(xy)
     at = np.arange(0.0, s[-1] + 1e-9, CELL_M) + min(CELL_M, s[-1]) / 2
     yaw = np.interp(at, s, np.unwrap(drive.poses_xyyaw[:, 2]))
     points = np.column_stack([np.interp(at, s, xy[:, 0]), np.interp(at, s, xy[:, 1]), yaw])

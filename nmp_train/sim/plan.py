@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
-from shapely.geometry import LineString
+
+from nmp_train.sim.polyline import resample
 
 Array = NDArray[np.float64]
 
@@ -62,12 +62,6 @@ class Plan:
 
     nodes: Array
     streets: list[PlannedStreet] = field(default_factory=list)
-
-
-def resample(points: Array, step: float) -> Array:
-    """Return a polyline [N, 2] resampled to about ``step`` metres between points."""
-    line = LineString(points)
-    return shapely.get_coordinates(line.interpolate(np.linspace(0, line.length, max(2, round(line.length / step) + 1))))
 
 
 def min_radius(points: Array) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,12 @@ HEIGHT_UNIT_M = 0.005
 KERB_M = 0.15
 """height of kerbs where the ground has none"""
 STONE = 0.40
+STONE_M, GRAIN = 0.015, 0.28
+"""size of the stones in asphalt, and how much their brightness varies"""
+SKYLINE_HOUSES, SKYLINE_M = 61, 120.0
+"""buildings around the horizon, and how far away they look"""
+LEAF_TURNS = 14
+"""the pattern of leaves repeats so often around the eye"""
 LAMP_AHEAD_M, LAMP_HEIGHT_M = 2.0, 0.65
 """the car's headlights: ahead of the middle of its cameras, and above the road"""
 
@@ -278,9 +285,7 @@ class _Scene:
             maps=_shadows(solids, weather.sun, batched, compiled),
             lamp_map=lamp_map,
             lamp_at=at,
-            lamp_kind=hide(kind, at, eye, solids.centre, solids.size, solids.yaw)[:, :, None]
-            .expand(-1, -1, t, -1)
-            .flatten(0, 2),
+            lamp_kind=shown[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
             rays=rays.flatten(0, 2),
             eyes=eye[:, :, None].expand(-1, -1, t, -1).flatten(0, 2),
             sample=torch.arange(b, device=device).repeat_interleave(n * t),
@@ -359,16 +364,20 @@ def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
     # Two kernels: Triton 3.6 fails to compile the search for the nearest solid fused with the ground.
     nearest: Callable[..., _Met] = _compiled(_nearest) if compiled else _nearest
     radiance: Callable[..., Tensor] = _compiled(_radiance) if compiled else _radiance
-    met = nearest(scene.rays, scene.eyes, u, v, solids.centre, solids.size, solids.yaw, solids.kind, True, True)
-    return scene.joined(radiance(met, *_arguments(scene, slice(None), solids, u, v), True, True, True))
+    rag: Callable[..., Tensor] = _compiled(_gaps) if compiled else _gaps
+    gaps = rag(scene.rays, u, v, patterns(u.device))
+    met = nearest(scene.rays, scene.eyes, u, v, gaps, solids.centre, solids.size, solids.yaw, solids.kind, True, True)
+    return scene.joined(radiance(met, *_arguments(scene, slice(None), solids, u, v), len(v), *[True] * 5))
 
 
 def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
     """Trace strips in threads, the part below the horizon apart from the part above: [B, N, 3, H, W]."""
     u, v = scene.columns(), scene.rows()
     slope = scene.rays[:, 2]  # downwards is affine in (u, v, 1)
-    falls = torch.minimum(slope[:, :1] * u[0], slope[:, :1] * u[-1]) + slope[:, 1:2] * v + slope[:, 2:]
-    horizon = (falls >= -1e-4).sum(dim=1).tolist()
+    ends, middle = slope[:, :1] * _ends(u), slope[:, 1:2] * v + slope[:, 2:]
+    horizon, sky_rows = (
+        (edge[:, None] + middle >= -1e-4).sum(dim=1).tolist() for edge in (ends.amin(dim=1), ends.amax(dim=1))
+    )
     split = [slice(0, h) for h in horizon], [slice(h, len(v)) for h in horizon]
     mirrors = scene.weather.wet[scene.sample] > 0
     index = []
@@ -389,9 +398,14 @@ def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
         one, mirror = slice(p, p + 1), part == 1 and wet[sample]
         shapes = (solids.centre, solids.size, solids.yaw, solids.kind)
         round_ones = bool(is_round(solids.kind).any())
-        met = _nearest(scene.rays[one], scene.eyes[one], u, v[rows], *shapes, round_ones, mirror)
+        gaps = _gaps(scene.rays[one], u, v[rows], patterns(u.device)) if round_ones else u.new_zeros(1, 1, 1)
+        met = _nearest(scene.rays[one], scene.eyes[one], u, v[rows], gaps, *shapes, round_ones, mirror)
+        hit = solids.kind[0][met[3][met[2] < FAR_M]].bincount(minlength=BUILDING + 1).tolist()
+        if not (any(hit) or mirror or night[sample]):
+            solids = Solids(**{f.name: getattr(solids, f.name)[:, :0] for f in fields(Solids)})
         arguments = _arguments(scene, one, solids, u, v[rows])
-        return radiance(met, *arguments, part == 1, mirror, night[sample])
+        shown = (hit[BUILDING] > 0, hit[BODY] + hit[CABIN] > 0)
+        return radiance(met, *arguments, sky_rows[p] - rows.start, part == 1, mirror, night[sample], *shown)
 
     jobs = [lambda p=p: torch.cat([trace(part, p) for part in (0, 1)], dim=2) for p in range(len(samples))]
     return scene.joined(torch.cat(_run(pool, jobs)))
@@ -536,11 +550,26 @@ _Met = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Result of :func:`_nearest`"""
 
 
+def _gaps(ray: Tensor, u: Tensor, v: Tensor, pattern: Tensor) -> Tensor:
+    """Return [P, h, w]: how far leaves leave each ray free at the rim of a crown, see :func:`_ball`.
+
+    It depends on the direction alone, so that one look-up serves all crowns of a strip.
+    """
+    dx, dy, dz = (_apply(ray, axis, u, v) for axis in range(3))
+    turn = torch.atan2(dy, dx) * (LEAF_TURNS / (2 * math.pi))
+    rise = dz / (dx * dx + dy * dy).sqrt() * (LEAF_TURNS / (2 * math.pi))
+    grid = torch.stack([pattern_grid(turn), pattern_grid(rise)], dim=-1)
+    leaf = functional.grid_sample(pattern[:, :1], grid.view(1, -1, len(u), 2), align_corners=False)[0, 0].view(dx.shape)
+    # 0.5 at most for most rays, but through a few one sees between the leaves in the middle too
+    return 0.55 * leaf + ((leaf - 0.86) * 10).clamp(0, 0.5)
+
+
 def _nearest(
     ray: Tensor,
     eye: Tensor,
     u: Tensor,
     v: Tensor,
+    gaps: Tensor,
     centre: Tensor,
     size: Tensor,
     yaw: Tensor,
@@ -550,6 +579,7 @@ def _nearest(
 ) -> _Met:
     """Find the solid, and the solid's mirror image, that each ray of P strips meets first.
 
+    :param gaps: [P, h, w] of :func:`_gaps`
     :return: where the eye is in each solid's axes [P, K, 3], the way there from pixels [P, K, 3, 3], depth of the
         nearest solid [P, h, w] (``FAR_M`` for none), its number, and both for the mirror images
     """
@@ -559,7 +589,7 @@ def _nearest(
         nothing = torch.full((len(ray), len(v), len(u)), FAR_M, device=u.device)
         number = torch.zeros_like(nothing, dtype=torch.int64)
         return start, matrix, nothing, number, nothing, number
-    depths, mirrored = _meet(start, matrix, u, v, size, kind, centre, half, with_round, with_mirror)
+    depths, mirrored = _meet(start, matrix, u, v, gaps, size, kind, centre, half, with_round, with_mirror)
     depth, which = depths.min(dim=1)
     if mirrored is None:
         return start, matrix, depth, which, torch.full_like(depth, FAR_M), which
@@ -599,15 +629,19 @@ def _radiance(
     lamp_rgb: Tensor,
     phase: Tensor,
     pixel: float,
+    sky_rows: int,
     with_ground: bool,
     with_mirror: bool,
     with_lamps: bool,
+    with_facades: bool,
+    with_vehicles: bool,
 ) -> Tensor:
     """Shade what the rays of P strips meet: radiance [P, 3, len(v), len(u)].
 
     Arguments are those of the scene per strip, [P, ...], but for ``maps`` and ``lamp_map`` [B, C, side, side] and
-    the shared ``texels``, ``pattern``, ``u`` and ``v``. The flags leave out what no ray of these strips needs: the
-    ground, its mirror images when it is wet, and light at night.
+    the shared ``texels``, ``pattern``, ``u`` and ``v``. Rows from ``sky_rows`` on see no sky. The flags leave out what
+    no ray of these strips needs: the ground, its mirror images when it is wet, light at night, the details of
+    buildings and of vehicles.
     """
     start, matrix, depth_solid, which, mirrored, which_mirror = met
     dx, dy, dz = (_apply(ray, axis, u, v) for axis in range(3))  # each [P, h, w]
@@ -623,7 +657,7 @@ def _radiance(
     far = torch.full((), FAR_M, device=u.device)
     # light of the sky: what a horizontal plane receives, and what comes from near the horizon
     sky_light = ambient + 0.15 * sunlight
-    horizon = colour_of(sky_rgb * (1.6 * sky_light * (1 - 0.55 * headlights))[:, None])
+    horizon = colour_of(sky_rgb * (1.75 * sky_light * (1 - 0.55 * headlights))[:, None])
 
     half = (size / 2).clamp(min=1e-3)
     any_solid = size.shape[1] > 0
@@ -640,8 +674,8 @@ def _radiance(
     px, py, pz = ex + reached * dx, ey + reached * dy, ez + reached * dz
 
     # the sky, deeper blue upwards, with clouds
-    up = (dz / length).clamp(0.0, 1.0)
-    rise = 0.4 / (up + 0.16)
+    up = dz / length
+    rise = 0.4 / (up.clamp(0.0, 1.0) + 0.16)
     pattern_x, pattern_y = dx / length * rise, dy / length * rise
     if down is not None:
         pattern_x = torch.where(down, (px + place[:, 0, None, None]) * (1 / PATTERN_M), pattern_x)
@@ -650,11 +684,17 @@ def _radiance(
     shape = px.shape
     found = functional.grid_sample(pattern, grid.view(1, -1, shape[2], 2), align_corners=False)
     leaves, puddles, cloud = (found[0, i].view(shape) for i in range(3))
+    high = slice(0, sky_rows)
+    above, cloud = up[:, high].clamp(0.0, 1.0), cloud[:, high]
     cover = ((cloud - 1 + each(clouds * 1.15)) * 4).clamp(0, 1)[:, None]
     deep = torch.tensor([0.42, 0.60, 0.90], device=u.device)[None, :, None, None]
-    blue = 1 - (1 - deep) * (up * 2.2).clamp(max=1)[:, None]
+    blue = 1 - (1 - deep) * (above * 2.2).clamp(max=1)[:, None]
     bright = each(0.75 + 0.5 * clouds) + 0.35 * (cloud - 0.5) * each(clouds)
     sky = horizon * (blue + (bright[:, None] - blue) * cover)
+    ways = (way[:, high] for way in (dx, dy, dz))
+    shapes = (leaves[:, high], puddles[:, high])
+    sky = _before_skyline(sky, horizon, *ways, each(phase[:, 0]), *shapes, each(haze), each(headlights))
+    sky = functional.pad(sky, (0, 0, 0, shape[1] - sky_rows))
 
     # light at the place that the ray meets; solids take that of the ground before them
     back = torch.where(solid, (depth - 0.6).clamp(max=400.0), reached)
@@ -664,12 +704,28 @@ def _radiance(
     direct = direct * (1 - crown * (1 - 0.8 * gaps))
     if any_solid:
         base, lambert, facing_up, shining = _shade(
-            which, depth_solid, start, matrix, u, v, half, kind, rgb, yaw, sun, pattern, with_lamps
+            which,
+            depth_solid,
+            start,
+            matrix,
+            u,
+            v,
+            half,
+            kind,
+            rgb,
+            yaw,
+            sun,
+            ray,
+            pattern,
+            pixel,
+            with_lamps,
+            with_facades,
+            with_vehicles,
         )
         direct = torch.where(solid, direct + (1 - direct) * (pz * 0.25).clamp(0, 1), direct)
         falls = torch.where(solid, lambert, each(sun[:, 2])) if with_ground else lambert
         # walls see half the sky, and the ground darkens what is close to it
-        wall = 0.62 + 0.25 * facing_up - 0.22 * (1 - pz).clamp(0, 1)
+        wall = 0.52 + 0.35 * facing_up - 0.22 * (1 - pz).clamp(0, 1)
         sky_share = torch.where(solid, wall, 0.25 + 0.75 * open_sky - 0.25 * crown)
         surface = torch.where(solid[:, None], base, albedo) if with_ground else base
     elif with_ground:
@@ -716,6 +772,46 @@ def _radiance(
     return colour
 
 
+def _before_skyline(
+    sky: Tensor,
+    horizon: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dz: Tensor,
+    phase: Tensor,
+    leaves: Tensor,
+    puddles: Tensor,
+    haze: Tensor,
+    headlights: Tensor,
+) -> Tensor:
+    """Put trees and buildings, farther away than any solid, before the sky [P, 3, h, w]: no horizon of a city is free.
+
+    :param horizon: [P, 3, 1, 1] radiance of the sky near the horizon
+    :param dx: [P, h, w] way of the rays, ``dy`` and ``dz`` likewise
+    :param phase: [P, 1, 1] turns all of it; ``haze`` and ``headlights`` likewise, see ``Weather``
+    :param leaves: [P, h, w] of :func:`patterns`, ``puddles`` likewise
+    """
+    rise = dz / (dx * dx + dy * dy).sqrt()
+    turn = (torch.atan2(dy, dx) * (0.5 / math.pi) + phase + 1.0) % 1.0 * SKYLINE_HOUSES
+    house = turn.floor()
+    dice = (house * 0.7548777 + (house % 7) * 0.37) % 1.0
+    lean = (dice * 13.0) % 1.0
+    top = torch.where(dice < 0.62, 0.05 + 0.11 * lean, 0.0)
+    wood = 0.015 + 0.075 * puddles + 0.05 * (leaves - 0.5)
+    pane_x, pane_y = (turn * 8) % 1.0, (rise * (70.0 + 50.0 * lean)) % 1.0
+    pane = (pane_x > 0.35) & (pane_y > 0.4)
+    built = (rise < top) & ((turn - house) < 0.55 + 0.4 * lean)
+    wall = (0.22 + 0.5 * ((dice * 29.0) % 1.0)) * torch.where(pane, 0.45, 1.0)
+    tree = 0.10 + 0.22 * leaves
+    far = torch.exp(-SKYLINE_M * haze)
+    grey, green = (sky.new_tensor(c)[None, :, None, None] for c in ([1.0, 0.98, 0.96], [0.86, 1.0, 0.72]))
+    lit = pane & ((((turn * 8).floor() * 0.618 + (rise * 90.0).floor() * 0.414) % 1.0) < 0.25)
+    shown = horizon * wall[:, None] * grey + (0.12 * headlights * lit)[:, None]
+    shown = torch.where((rise < wood)[:, None], horizon * tree[:, None] * green, shown)
+    shown = horizon + (shown - horizon) * far[:, None]
+    return torch.where(((rise < wood) | built)[:, None], shown, sky)
+
+
 def _unhidden(kind: Tensor, at: Tensor, eye: Tensor, centre: Tensor, size: Tensor, yaw: Tensor) -> Tensor:
     """Return the kinds [B, N, L] of lamps ``at`` [B, L, 3], 0 where a solid lies between lamp and eye [B, N, 3]."""
     turn = _turn(yaw, (size / 2).clamp(min=1e-3))[:, None, :, None]  # [B, 1, K, 1, 3, 3]
@@ -753,6 +849,7 @@ def _meet(
     matrix: Tensor,
     u: Tensor,
     v: Tensor,
+    gaps: Tensor,
     size: Tensor,
     kind: Tensor,
     centre: Tensor,
@@ -777,11 +874,12 @@ def _meet(
     near, far = torch.maximum(near_xy, nears[2]), torch.minimum(far_xy, fars[2])
     depth = torch.where((near < far) & (near > 0.2) & there, near, FAR_M)
     if with_round:
+        rim = gaps[:, None] * (kind == CROWN)[one]
         gram = matrix.transpose(-1, -2) @ matrix
         in_u = gram[..., 0, 0][one] * (u * u) + 2 * gram[..., 0, 2][one] * u
         in_v = (gram[..., 1, 1][one] * (v * v) + 2 * gram[..., 1, 2][one] * v).transpose(-1, -2) + gram[..., 2, 2][one]
         square = in_u + in_v + gram[..., 0, 1][one] * (2 * u * v[:, None])
-        depth = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, there), depth)
+        depth = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, rim, there), depth)
     if not with_mirror:
         return depth, None
     below = start[..., 2] + 2 * centre[..., 2] / half[..., 2]  # the eye above the mirror image
@@ -790,18 +888,21 @@ def _meet(
     mirrored = torch.where((near < far) & (near > 0.2) & there, near, FAR_M)
     if with_round:
         start = torch.cat([start[..., :2], below[..., None]], dim=-1)
-        mirrored = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, there), mirrored)
+        mirrored = torch.where(is_round(kind)[one], _ball(start, matrix, square, u, v, rim, there), mirrored)
     return depth, mirrored
 
 
-def _ball(start: Tensor, matrix: Tensor, square: Tensor, u: Tensor, v: Tensor, there: Tensor) -> Tensor:
-    """Depth [P, K, h, w] at which |start + depth * way| = 1; ``square`` is |way|^2, a polynomial of u and v too."""
+def _ball(start: Tensor, matrix: Tensor, square: Tensor, u: Tensor, v: Tensor, rim: Tensor, there: Tensor) -> Tensor:
+    """Depth [P, K, h, w] at which |start + depth * way| = 1; ``square`` is |way|^2, a polynomial of u and v too.
+
+    A ray whose squared distance from the middle exceeds 1 - ``rim`` passes between the leaves.
+    """
     one = (..., None, None)
     begin = (start[..., None, :] @ matrix)[..., 0, :]  # [P, K, 3]
     along = begin[..., 0][one] * u + (begin[..., 1][one] * v[:, None] + begin[..., 2][one])
     root = along * along - square * (start.square().sum(dim=-1) - 1)[one]
     depth = -(along + root.clamp(min=0).sqrt()) / square
-    return torch.where((root > 0) & (depth > 0.2) & there, depth, FAR_M)
+    return torch.where((root > rim * square) & (depth > 0.2) & there, depth, FAR_M)
 
 
 def _ground(
@@ -828,7 +929,7 @@ def _ground(
     per_metre = 1 / torch.where(down, -dz, 1.0)  # depth per metre of descent
     zero, top = ez * per_metre, (ez - kerb) * per_metre
     focal_inverse = ray.norm(dim=1).min(dim=-1).values[:, None, None]  # about 1 / f
-    footprint = zero * (focal_inverse * (1.6 * pixel) / texel)
+    footprint = zero * (focal_inverse * (1.2 * pixel) / texel)
     level = torch.log2(footprint.clamp(min=1.0)).round().clamp(max=table.shape[1] - 1)
     entry = table[torch.arange(len(table), device=level.device)[:, None, None], level.long()]
     offset, rows, cols = entry >> 32, ((entry >> 16) & 0xFFFF).int(), (entry & 0xFFFF).int()
@@ -855,6 +956,15 @@ def _ground(
         even = even + (packed & 0xFF00FF) * weight
         odd = odd + ((packed >> 8) & 0x7F00FF) * weight
     rgb = torch.stack([even & 0xFFFF, odd & 0xFFFF, (even >> 16) & 0xFFFF], dim=1) * (1 / 65280)
+    # Asphalt is grains of stone, finer than texels. They average out where a pixel holds many; whole numbers, so that
+    # the same stones lie there on every device.
+    across = ((ox + depth * dx) * (1 / STONE_M)).floor().int()
+    stone = across * 374761393 + ((oy + depth * dy) * (1 / STONE_M)).floor().int() * 668265263
+    stone = (stone ^ (stone >> 13)) * 1274126177
+    stone = ((stone >> 16) & 255) * (1 / 128) - 1.0
+    pixel_m = depth * (focal_inverse * pixel)
+    tall = pixel_m * (depth / ez.clamp(min=0.3))
+    rgb = rgb * (1 + GRAIN * stone * (STONE_M**2 / (STONE_M**2 + pixel_m * tall)).sqrt())[:, None]
     face = ~on_top & ((odd >> 24) >= raised_units)
     depth = torch.where(face, 0.5 * (top + zero), depth)
     return torch.where(face[:, None], STONE, rgb), depth
@@ -899,8 +1009,12 @@ def _shade(
     rgb: Tensor,
     yaw: Tensor,
     sun: Tensor,
+    ray: Tensor,
     pattern: Tensor,
+    pixel: float,
     with_lamps: bool,
+    with_facades: bool,
+    with_vehicles: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return colour [P, 3, h, w], share of sunlight, upward part of the normal and light of windows, [P, h, w]."""
     p = len(which)
@@ -913,10 +1027,10 @@ def _shade(
     row = numbers[batch, which]  # [P, h, w, 21]
     near = depth.clamp(max=400.0)
     column = v[:, None]
-    x, y, z = (
-        row[..., i] + near * (row[..., 3 + 3 * i] * u + row[..., 4 + 3 * i] * column + row[..., 5 + 3 * i])
-        for i in range(3)
+    way_x, way_y, way_z = (
+        row[..., 3 + 3 * i] * u + row[..., 4 + 3 * i] * column + row[..., 5 + 3 * i] for i in range(3)
     )
+    x, y, z = (row[..., i] + near * way for i, way in enumerate((way_x, way_y, way_z)))
     hx, hy, hz = (row[..., 12 + i] for i in range(3))
     colour = row[..., 15:18].permute(0, 3, 1, 2)
     what = row[..., 20]
@@ -927,31 +1041,133 @@ def _shade(
     nx, ny, nz = (torch.where(round_, c, torch.where(on, c.sign(), 0.0)) for c, on in ((x, on_x), (y, on_y), (z, on_z)))
     lambert = (nx * row[..., 18] + ny * row[..., 19] + nz * sun[:, 2, None, None]).clamp(0, 1)
     side = nz.abs() < 0.5
-    # glass in the sides of cabins; wheels in bodies; windows in facades
-    glass = (what == float(CABIN)) & (z > -0.7) & (z < 0.75)
-    wheel = (what == float(BODY)) & (z < -0.45) & ((ax - 0.62).abs() < 0.16)
-    along = torch.where(on_x, y * hy, x * hx)
-    over = (z + 1) * hz
-    column_m, storey = along * (1 / 3.2), over * (1 / 3.3)
-    column_i, storey_i = column_m.floor(), storey.floor()
-    part_u, part_v = column_m - column_i, storey - storey_i
-    window = (what == float(BUILDING)) & (part_u < 0.53) & (part_v > 0.33) & (part_v < 0.82)
-    dark = (glass | wheel | window) & side
-    dice = column_i * 0.7548 + storey_i * 0.5698 + (hx + hy) * 3.1
-    dice = dice - dice.floor()
+    # Edges of what is painted on the sides are as soft as a pixel, which is wider on a wall seen at a flat angle.
+    edge = near * (ray.norm(dim=1).min(dim=-1).values * pixel)[:, None, None]
+    along, over = torch.where(on_x, y * hy, x * hx), (z + 1) * hz
     # leaves of crowns, dirt on walls, both lost in the distance
     skin_x = torch.where(round_, x * hx + 0.7 * y * hy, along)
     skin_y = torch.where(round_, z * hz + 0.5 * y * hy, over)
     grid = torch.stack([pattern_grid(skin_x * 0.16 + hx), pattern_grid(skin_y * 0.16 + hy)], dim=-1)
     found = functional.grid_sample(pattern, grid.view(1, -1, grid.shape[2], 2), align_corners=False)
-    leaf, _, dirt = (found[0, i].view(x.shape) - 0.5 for i in range(3))
-    rough = torch.where(what > float(CABIN), 0.3 * dirt, 0.0)
-    rough = torch.where(what == float(CROWN), 1.3 * leaf + 0.5 * dirt, rough) / (1 + (near * 0.02) ** 2)
-    tone = torch.where(dark, torch.where(window, 0.12 + 0.5 * dice * dice, 0.16), 1.0 + rough)
-    shining = torch.zeros_like(tone)
-    if with_lamps:
-        shining = torch.where(window & side & (dice < 0.22), 0.3, 0.0)
-    return colour * tone[:, None], lambert, nz.clamp(min=0), shining
+    leaf, dirt = (found[0, i].view(x.shape) - 0.5 for i in (0, 2))
+    rough = torch.where(what > float(CABIN), 0.4 * dirt, 0.0)
+    rough = torch.where(what == float(CROWN), 1.9 * leaf + 0.5 * dirt, rough) / (1 + (edge * 4) ** 2)
+    colour = colour * (1 + rough)[:, None]
+    shining = torch.zeros_like(near)
+    flat = torch.where(on_x, way_x * hx, way_y * hy).abs().clamp(min=0.08)
+    if with_facades:
+        part = ((what == float(BUILDING)) & side & (hz > 1.6)).float()
+        colour, lit = _facade(colour, part, along, over, hx * 0.731 + hy * 0.417 + hz * 0.293, dirt, edge / flat, edge)
+        if with_lamps:
+            shining = lit
+    if with_vehicles:
+        body, cabin = (((what == float(k)) & side).float() for k in (BODY, CABIN))
+        colour = _vehicle(colour, body, cabin, on_x, x, y, z, hx, hy, hz, dirt, edge / flat, edge)
+    return colour, lambert, nz.clamp(min=0), shining
+
+
+def _inside(distance: Tensor, blur: Tensor) -> Tensor:
+    """Share of a pixel, ``blur`` m wide, whose middle lies ``distance`` m inside an edge."""
+    return (distance / blur + 0.5).clamp(0, 1)
+
+
+def _put(colour: Tensor, share: Tensor, value: Tensor | float) -> Tensor:
+    """Cover a share [P, h, w] of each pixel [P, 3, h, w] with another colour."""
+    return colour + share[:, None] * (value - colour)
+
+
+def _constant(colour: Tensor, *rgb: float) -> Tensor:
+    return colour.new_tensor(rgb)[None, :, None, None]
+
+
+def _facade(
+    colour: Tensor, part: Tensor, along: Tensor, over: Tensor, seed: Tensor, dirt: Tensor, edge_u: Tensor, edge: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw windows in frames, shop fronts, ledges and the joints of panels on [P, 3, h, w] walls.
+
+    :param part: [P, h, w] 1 on facades
+    :param along: [P, h, w] place on the wall, m; ``over`` likewise, height above its foot
+    :param seed: [P, h, w] a number of the building; each has its own grid of windows
+    :param edge_u: [P, h, w] width of a pixel along the wall, m; ``edge`` likewise, its height
+    :return: colour, and light of lit windows [P, h, w]
+    """
+    own = seed - seed.floor()
+    column_m, storey_m = 2.2 + 2.2 * own, 3.1 + 0.5 * own
+    column, storey = along / column_m, over / storey_m
+    column_i, storey_i = column.floor(), storey.floor()
+    dice = column_i * 0.7548 + storey_i * 0.5698 + own * 3.1
+    dice = dice - dice.floor()
+    shop = (storey_i < 0.5) & (own > 0.45)
+    off_u = (column - column_i - 0.5).abs() * column_m
+    off_v = (storey - storey_i - 0.5).abs() * storey_m
+    in_u = column_m * torch.where(shop, 0.44, 0.22 + 0.2 * ((own * 7) % 1.0)) - off_u
+    in_v = storey_m * torch.where(shop, 0.40, 0.27) - off_v
+    rim = torch.minimum(_inside(in_u, edge_u), _inside(in_v, edge))
+    pane = torch.minimum(_inside(in_u - 0.09, edge_u), _inside(in_v - 0.09, edge))
+    pane = pane * (1 - _inside(torch.where(shop, 0.0, 0.035) - off_u, edge_u))
+    frame = part * (rim - pane).clamp(min=0)
+    ledge = _inside(off_v - 0.5 * storey_m + 0.14, edge)
+    course, panel = over * (1 / 0.42), column * 2
+    joints = torch.maximum(
+        _inside(((course - course.floor() - 0.5).abs() - 0.44) * 0.42, edge) * (0.12 / (edge + 0.04)).clamp(max=1),
+        _inside(((panel - panel.floor() - 0.5).abs() - 0.485) * (0.5 * column_m), edge_u)
+        * (0.3 / (edge_u + 0.1)).clamp(max=1),
+    )
+    tone = 1 + part * (0.22 * ledge - 0.28 * joints * (1 - ledge))
+    tone = tone + frame * (torch.where(own > 0.6, 0.45, 1.5) - tone)
+    # panes mirror some of the sky, each its own part
+    pane = pane * part
+    glass = 0.04 + 0.5 * dice * dice * dice + 0.12 * dirt.clamp(min=0)
+    colour = _put(colour * tone[:, None], pane, glass[:, None] * _constant(colour, 0.94, 1.0, 1.06))
+    return colour, pane * torch.where(dice < 0.3, 0.12 + 0.5 * ((dice * 37) % 1.0), 0.0)
+
+
+def _vehicle(
+    colour: Tensor,
+    body: Tensor,
+    cabin: Tensor,
+    on_x: Tensor,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    hx: Tensor,
+    hy: Tensor,
+    hz: Tensor,
+    dirt: Tensor,
+    edge_u: Tensor,
+    edge: Tensor,
+) -> Tensor:
+    """Draw wheels, lamps, plates, grilles, bumpers, doors, panes and pillars on the sides [P, 3, h, w] of vehicles.
+
+    :param body: [P, h, w] 1 on the sides of bodies; ``cabin`` likewise; ``on_x`` says which are front or rear
+    :param x: [P, h, w] -1..1 forward in the box, ``y`` to the left, ``z`` up; ``hx``, ``hy`` and ``hz`` half sizes, m
+    :param edge_u: [P, h, w] width of a pixel along the side, m; ``edge`` likewise, its height
+    """
+    ax, ay = x.abs(), y.abs()
+    end, flank = body * on_x, body * ~on_x
+    upper = _inside((z - 0.86) * hz, edge)
+    bumper = end * _inside(0.03 - ((z + 0.55) * hz).abs(), edge) + body * _inside((-0.86 - z) * hz, edge)
+    grille = (
+        end * (x > 0) * torch.minimum(_inside((0.5 - ay) * hy, edge_u), _inside((0.22 - (z - 0.15).abs()) * hz, edge))
+    )
+    door = flank * _inside(0.012 - ((x - 0.09).abs() - 0.21).abs() * hx, edge_u)
+    tone = 1 - 0.6 * door - 0.65 * bumper.clamp(max=1) - 0.75 * grille + 0.35 * upper * (body + cabin)
+    colour = colour * tone[:, None]
+    post = torch.where(on_x, (0.90 - ay) * hy, torch.minimum((0.93 - ax) * hx, ax * hx - 0.05))
+    pane = cabin * torch.minimum(_inside(post, edge_u), _inside((0.725 - (z - 0.025).abs()) * hz, edge))
+    glass = 0.05 + 0.10 * (z + 0.7).clamp(min=0) + 0.2 * dirt.clamp(min=0)
+    colour = _put(colour, pane, glass[:, None] * _constant(colour, 0.94, 1.0, 1.06))
+    hub = (((ax - 0.62) * hx) ** 2 + ((z + 0.75) * hz) ** 2).sqrt()
+    tyre = (0.17 * hx).clamp(max=0.34)
+    colour = _put(colour, flank * _inside(tyre - hub, edge), 0.05)
+    colour = _put(colour, flank * _inside(0.58 * tyre - hub, edge), 0.42)
+    lamp = end * torch.minimum(
+        _inside((0.16 - (ay - 0.78).abs()) * hy, edge_u), _inside((0.24 - (z - 0.2).abs()) * hz, edge)
+    )
+    red = _constant(colour, 0.5, 0.04, 0.03)
+    colour = _put(colour, lamp, torch.where((x > 0)[:, None], 0.85, red))
+    plate = end * torch.minimum(_inside(0.25 - ay * hy, edge_u), _inside(0.06 - ((z + 0.25) * hz).abs(), edge))
+    return _put(colour, plate, 0.72)
 
 
 def _glare(

@@ -14,13 +14,17 @@ from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from nmp.citymap import CityMap
-from nmp_train.sim.marks import Array, Path
+from nmp_train.sim.marks import Array
+from nmp_train.sim.polyline import Polyline
 
 EDGE_M = 15.0
+"""edges of the road that is filled are no longer than this"""
 STEP = 1.0
+"""between the points at which an outline is looked at for corners, m"""
 CORNER_RAD, CORNER_SPAN = 0.45, 6
 """an outline that turns by more over this many steps has a corner there"""
 LONGEST_RUN = 90.0
+"""longer stretches are cut into equal parts, m"""
 THIN_M = 5.0
 """a hole of the road whose area / half its outline is less is a median or an island, not a block"""
 
@@ -29,7 +33,7 @@ THIN_M = 5.0
 class Run:
     """A smooth stretch of the outline of the road, with the road on its left."""
 
-    path: Path
+    path: Polyline
     straight: bool
     """False at corners of junctions and openings"""
     thin: bool
@@ -42,10 +46,10 @@ class Run:
 class LaneAxis:
     """The middle of a lane that is about straight, in the direction of travel."""
 
-    path: Path
+    path: Polyline
     width: float
-    concrete_key: Array
-    """[2] m: the middle of the lane"""
+    middle: Array
+    """[2] m"""
 
 
 class RoadSide:
@@ -61,9 +65,11 @@ class RoadSide:
         self.lane_tree = city.lanes.index
         self.lane_shapes = city.lanes.geometries
         lines = [*city.road_dividers.geometries, *city.lane_dividers.geometries]
-        self.dividers = STRtree(lines)
         points, headings = [np.zeros((0, 2))], [np.zeros(0)]
-        for path in [*(r.path for r in self.runs if r.straight), *(Path(shapely.get_coordinates(x)) for x in lines)]:
+        for path in [
+            *(r.path for r in self.runs if r.straight),
+            *(Polyline(shapely.get_coordinates(x)) for x in lines),
+        ]:
             s = np.arange(1.0, path.length, 3.0)
             n = path.normal(s, 2.0)
             points.append(path.at(s))
@@ -125,11 +131,11 @@ class RoadSide:
         width = float(np.linalg.norm(corner[3] - corner[0]))
         if np.linalg.norm(ends[1] - ends[0]) < 12 or not 2.2 < width < 6:
             return None
-        path = Path(ends)
+        path = Polyline(ends)
         side = path.beside([path.length / 2] * 2, [width, -width])
         near = self.edge_distance(side)
         kerb_left = near[0] < near[1]
-        return LaneAxis(path if kerb_left == self.left_hand else Path(ends[::-1]), width, corner.mean(axis=0))
+        return LaneAxis(path if kerb_left == self.left_hand else Polyline(ends[::-1]), width, corner.mean(axis=0))
 
     def across(self, point: Array, direction: Array, reach: float = 14.0) -> LineString | None:
         """Return the line through a point of the road from edge to edge, or None where the road is wider."""
@@ -150,7 +156,7 @@ def _runs(polygon: Polygon) -> list[Run]:
         hole = Polygon(ring)
         thin = ring is not polygon.exterior and hole.area / (hole.length / 2) < THIN_M
         points = shapely.get_coordinates(ring)
-        path = Path(points)
+        path = Polyline(points)
         if path.length < 4:
             continue
         count = max(8, round(path.length / STEP))
@@ -165,12 +171,12 @@ def _runs(polygon: Polygon) -> list[Run]:
             cuts = np.array([0.0, path.length])
         else:  # a ring may begin anywhere, its runs begin where a corner does
             points = np.concatenate([path.cut(s[change[0]], path.length), path.cut(0.0, s[change[0]])[1:]])
-            path, corner = Path(points), np.roll(corner, -change[0])
+            path, corner = Polyline(points), np.roll(corner, -change[0])
             cuts = np.concatenate([(s[change] - s[change[0]]), [path.length]])
         for a, b in zip(cuts[:-1], cuts[1:], strict=True):
             parts = max(1, int(np.ceil((b - a) / LONGEST_RUN)))
             bent = bool(corner[min(int((a + b) / 2 / path.length * count), count - 1)])
             for p, q in zip(np.linspace(a, b, parts + 1)[:-1], np.linspace(a, b, parts + 1)[1:], strict=True):
                 if q - p > 0.3:
-                    out.append(Run(Path(path.cut(p, q)), not bent, thin, points[0]))
+                    out.append(Run(Polyline(path.cut(p, q)), not bent, thin, points[0]))
     return out

@@ -12,13 +12,14 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from shapely import STRtree
-from shapely.geometry import LinearRing, Polygon, box
+from shapely.geometry import Polygon, box
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from nmp_train.sim.boxes import BARRIER, BUILDING, CROWN, LAMP_POLE, POLE, SIGN, WALL, Boxes
-from nmp_train.sim.lanes import World, world_of
+from nmp_train.sim.lanes import RoadNetwork, roads_of
 from nmp_train.sim.mapjson import polygons_of
+from nmp_train.sim.polyline import Polyline
 from nmp_train.sim.vehicles import build, draw_vehicles
 
 Array = NDArray[np.float64]
@@ -34,7 +35,7 @@ _FACADES = np.array(
         [0.20, 0.21, 0.23],
     ]
 )
-_GREEN = np.array([0.13, 0.165, 0.085])
+_GREEN = np.array([0.115, 0.145, 0.075])
 _WALLS = np.array([[0.62, 0.6, 0.56], [0.5, 0.3, 0.24], [0.75, 0.73, 0.68], [0.3, 0.31, 0.32], [0.4, 0.3, 0.2]])
 _SIGNS = np.array([[0.08, 0.35, 0.18], [0.1, 0.2, 0.55], [0.8, 0.8, 0.78], [0.75, 0.1, 0.1], [0.85, 0.65, 0.1]])
 _SMALL = np.array([[0.75, 0.1, 0.08], [0.2, 0.3, 0.22], [0.12, 0.2, 0.4], [0.3, 0.3, 0.33], [0.7, 0.65, 0.1]])
@@ -43,28 +44,19 @@ _SMALL = np.array([[0.75, 0.1, 0.08], [0.2, 0.3, 0.22], [0.12, 0.2, 0.4], [0.3, 
 def make_scenery(city: dict[str, Any], seed: int, region: BaseGeometry | None = None) -> Boxes:
     """Return the standing scenery of a city, or of the part of it inside ``region`` (map frame, m)."""
     rng = np.random.default_rng([seed, 11])
-    world = world_of(city)
+    roads = roads_of(city)
     width, height = city["canvas_edge"]
     area = box(0, 0, width, height) if region is None else region
-    ground = world.surface(area)
+    ground = roads.surface(area)
     parts = [*_frontage(rng, ground), *_along_kerbs(rng, ground), *_medians(rng, ground)]
-    parts.append(_signals(rng, world, area, ground))
+    parts.append(_signals(rng, roads, area, ground))
     return Boxes.joined([p for p in parts if len(p)])
 
 
-class Kerb:
+class Kerb(Polyline):
     """An outline of a road surface with the road on its left, asked by distance along it (m)."""
 
-    def __init__(self, ring: LinearRing) -> None:
-        self.points = shapely.get_coordinates(ring)
-        self.s: Array = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(self.points, axis=0).T))])
-        self.length = float(self.s[-1])
-
-    def at(self, s: Array) -> Array:
-        """Return the points [N, 2] at distances [N]."""
-        return np.stack([np.interp(s, self.s, self.points[:, k]) for k in (0, 1)], axis=-1)
-
-    def beside(self, s: Array, offset: Array | float, span: Array | float = 2.0) -> tuple[Array, Array]:
+    def poses_beside(self, s: Array, offset: Array | float, span: Array | float = 2.0) -> tuple[Array, Array]:
         """Return (points [N, 2], headings [N]) at distances ``s``, ``offset`` m to the left.
 
         The heading is that of the chord of length ``span`` around the point.
@@ -81,12 +73,12 @@ def kerb_lines(surface: BaseGeometry, smooth_m: float = 0.0) -> Iterator[Kerb]:
     shape = surface if smooth_m == 0 else surface.buffer(smooth_m, quad_segs=3).buffer(-smooth_m, quad_segs=3)
     for polygon in polygons_of(shape, 50.0):
         oriented = orient(polygon, 1.0)
-        yield Kerb(oriented.exterior)
+        yield Kerb(oriented.exterior.coords)
         for ring in oriented.interiors:
             hole = Polygon(ring)
             # Medians and islands are long or small, blocks are neither.
             if hole.area > 600 and hole.area / hole.length > 5:
-                yield Kerb(ring)
+                yield Kerb(ring.coords)
 
 
 def rectangles(xy: Array, yaw: Array, size: Array) -> NDArray[np.object_]:
@@ -119,7 +111,7 @@ def _frontage(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
                 front, near, depth, high = rng.uniform(12, 32), rng.uniform(3.6, 5.5), 5.2, 0.1
             else:
                 front, near, depth, high = rng.uniform(10, 30), 3.5, rng.uniform(6, 14), 0.1
-            point, heading = kerb.beside(np.array([s + front / 2]), -(near + depth / 2), front)
+            point, heading = kerb.poses_beside(np.array([s + front / 2]), -(near + depth / 2), front)
             lots.append((*point[0], heading[0], front, depth, high, what))
             s += float(front) + float(rng.uniform(0.3, 1.5) if rng.random() < 0.65 else rng.uniform(3, 14))
     if not lots:
@@ -275,7 +267,7 @@ def _site(rng: np.random.Generator, kerb: Kerb, near: BaseGeometry) -> Boxes:
         return Boxes.empty()
     low = rng.random() < 0.5
     s = float(rng.uniform(0, kerb.length)) + np.arange(0, float(rng.uniform(18, 60)), 6.0)
-    at, along = kerb.beside(s[s < kerb.length], -(0.75 if low else 1.6), 6.0)
+    at, along = kerb.poses_beside(s[s < kerb.length], -(0.75 if low else 1.6), 6.0)
     n = len(at)
     size = np.tile([5.9, 0.45, 0.95] if low else [5.95, 0.12, 2.4], (n, 1))
     rgb = np.tile(_SIGNS[4] if low else _WALLS[int(rng.integers(len(_WALLS)))], (n, 1))
@@ -294,12 +286,12 @@ def _medians(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
             core = hole.buffer(-0.75)
             for part in polygons_of(core, 1.0):
                 # The outline of the core runs up and down beside the middle line.
-                kerb = Kerb(orient(part, 1.0).exterior)
+                kerb = Kerb(orient(part, 1.0).exterior.coords)
                 piece = 6.0
                 s = np.arange(piece / 2, kerb.length / 2, piece)
                 if not len(s):
                     continue
-                at, along = kerb.beside(s, 0.0, piece)
+                at, along = kerb.poses_beside(s, 0.0, piece)
                 size = np.tile([piece * 0.95, 0.5, float(rng.uniform(0.5, 1.1))], (len(s), 1))
                 what = rng.random()
                 if what < 0.5:
@@ -310,9 +302,9 @@ def _medians(rng: np.random.Generator, ground: BaseGeometry) -> list[Boxes]:
     return out
 
 
-def _signals(rng: np.random.Generator, world: World, area: BaseGeometry, ground: BaseGeometry) -> Boxes:
+def _signals(rng: np.random.Generator, roads: RoadNetwork, area: BaseGeometry, ground: BaseGeometry) -> Boxes:
     """Traffic lights on poles at the ends of the crossings."""
-    crossings = world.map.crossings.near(area)
+    crossings = roads.map.crossings.near(area)
     at, yaw = [np.zeros((0, 2))], [np.zeros(0)]
     for crossing in crossings:
         corners = shapely.get_coordinates(crossing.minimum_rotated_rectangle)[:4]
@@ -379,6 +371,6 @@ def _spots(
     if not at:
         return np.zeros((0, 2)), np.zeros(0)
     back = float(rng.uniform(*setback)) + (0.0 if spacing[0] == spacing[1] else rng.normal(0, 0.08, len(at)))
-    points, along = kerb.beside(np.array(at), -back, span)
+    points, along = kerb.poses_beside(np.array(at), -back, span)
     free = ~shapely.intersects(near, shapely.points(points))
     return points[free], along[free]

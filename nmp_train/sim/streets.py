@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter1d
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from nmp_train.sim.plan import ARTERIAL, COLLECTOR, PlannedStreet, Style, min_radius, resample
+from nmp_train.sim.plan import ARTERIAL, COLLECTOR, PlannedStreet, Style, min_radius
+from nmp_train.sim.polyline import distances, resample
 
 Array = NDArray[np.float64]
 LEFT, RIGHT = 1, -1
@@ -58,7 +59,6 @@ class Street:
     """width of the median, m; 0 without"""
     raised: bool = False
     """the median is a hole in the road surface"""
-    gutter: float = 0.3
     half: dict[int, float] = field(default_factory=dict)
     """side -> distance from the reference line to the kerb, without bays, m"""
     bays: dict[int, Array] = field(default_factory=dict)
@@ -73,8 +73,7 @@ class Street:
     """has a painted centre line"""
 
     def __post_init__(self) -> None:
-        steps = np.hypot(*np.diff(self.centre, axis=0).T)
-        self.s = np.concatenate([[0.0], np.cumsum(steps)])
+        self.s = distances(self.centre)
         self.length = float(self.s[-1])
         tangent = gaussian_filter1d(np.gradient(self.centre, axis=0), 3.0, axis=0, mode="nearest")
         tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)

@@ -20,7 +20,7 @@ from shapely import STRtree
 from shapely.geometry.base import BaseGeometry
 from torch import Tensor
 
-from nmp.citymap import CityMap, IndexedGeometries
+from nmp.citymap import CityMap
 from nmp.errors import NmpError
 from nmp_train.sim.clutter import Clutter
 from nmp_train.sim.ground import Image, Noise, Window, cover, paint_marks
@@ -32,7 +32,6 @@ from nmp_train.sim.unmapped import mark_crossing_surroundings, mark_junctions, m
 from nmp_train.sim.wear import mark_concrete, mark_lengthwise, mark_spots
 
 LEVELS = 6
-HEIGHT_SHIFT, HEIGHT_MAX, HEIGHT_UNIT_M = 24, 127, 0.005
 BLOCK = 1 << (LEVELS - 1)
 """surfaces begin and end at multiples of this many texels, so that all levels of two surfaces agree"""
 WINDOW = 640
@@ -44,6 +43,7 @@ MARGIN_M = 40.0
 RAMP_M = 1.0
 """a kerb goes down over this length"""
 LAWN, SOIL, SLAB, TARRED, RIM, PLAZA = range(6)
+"""what lies beside the road: places in ``_Plan.palette`` and ``_Plan.contrast``"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Surface:
     """(offset, rows, cols) of each level in ``texels``; rows run along y, columns along x"""
 
     def to(self, device: torch.device | str) -> Surface:
+        """Return the same surface with its texels on a device."""
         return Surface(self.x0, self.y0, self.resolution, self.texels.to(device), self.levels)
 
 
@@ -116,7 +117,7 @@ def _windows(whole: Window) -> Iterator[Window]:
             yield Window(whole.col + int(c), whole.row + int(a), int(d - c), int(b - a), whole.resolution)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # one for each location: drives through them alternate
 def _roadside(city: CityMap) -> RoadSide:
     return RoadSide(city)
 
@@ -130,7 +131,7 @@ class _Plan:
         self.clutter, self.noise = clutter, Noise(seed)
         rng = np.random.default_rng((seed, 21))
         # Whatever reaches into the window is drawn whole, from geometries that are not cut.
-        self.asphalt = rng.uniform(0.16, 0.3) * np.array([1.0, 1.0, 1.03])
+        self.asphalt = rng.uniform(0.19, 0.36) * np.array([1.0, 1.0, 1.03])
         side, marks, region = _roadside(city), Marks(self.asphalt), whole.region(MARGIN_M)
         axes = side.axes_near(region)
         edges = mark_kerbs(marks, city, side, region, clutter, seed)
@@ -273,8 +274,9 @@ def _pyramid(packed: NDArray[np.uint8], whole: Window) -> Surface:
 
 
 def city_bounds(city: CityMap, margin: float = 10.0) -> tuple[float, float, float, float]:
-    """Return the extent (x0, y0, x1, y1) of all roads of a city, m."""
-    groups: list[IndexedGeometries] = [city.road_segments, city.lanes]
-    boxes = np.array([g.bounds for group in groups for g in group.geometries])
-    low, high = boxes[:, :2].min(axis=0) - margin, boxes[:, 2:].max(axis=0) + margin
-    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+    """Return the extent (x0, y0, x1, y1) of all roads of a city and ``margin`` m around them (map frame, m)."""
+    roads = [*city.road_segments.geometries, *city.lanes.geometries]
+    if not roads:
+        raise NmpError(f"the map of {city.location} has no roads: there is nothing to drive on")
+    x0, y0, x1, y1 = shapely.total_bounds(roads).tolist()
+    return x0 - margin, y0 - margin, x1 + margin, y1 + margin

@@ -9,8 +9,9 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry import LineString
 
-from nmp_train.sim.lanes import World
+from nmp_train.sim.lanes import RoadNetwork
 from nmp_train.sim.paths import Path
+from nmp_train.sim.polyline import distances
 
 Array = NDArray[np.float64]
 
@@ -23,33 +24,33 @@ class Track:
     lane: int
     junction: bool
 
-    def path(self, world: World, rng: np.random.Generator, start: float, length: float) -> Path:
+    def path(self, roads: RoadNetwork, rng: np.random.Generator, start: float, length: float) -> Path:
         """Return a way to drive of about ``length`` metres that starts ``start`` metres along the track."""
         points = [self.points]
         if self.lane >= 0:
-            points += [world.graph.lanes[i].points for i in world.graph.walk(rng, self.lane, length)[1:]]
+            points += [roads.graph.lanes[i].points for i in roads.graph.walk(rng, self.lane, length)[1:]]
         line = np.concatenate(points)
-        steps = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))])
-        line = line[(steps >= start) & (steps <= start + length + 2)]
+        s = distances(line)
+        line = line[(s >= start) & (s <= start + length + 2)]
         return Path(line if len(line) > 3 else np.concatenate(points)[-4:])
 
 
-def graph_tracks(world: World, way: LineString, radius: float) -> list[Track]:
+def graph_tracks(roads: RoadNetwork, way: LineString, radius: float) -> list[Track]:
     """Return the lanes within ``radius`` m of the ego's way."""
-    lanes = world.graph.lanes
-    return [Track(lanes[i].points, i, lanes[i].connector) for i in world.graph.near(way.buffer(radius))]
+    lanes = roads.graph.lanes
+    return [Track(lanes[i].points, i, lanes[i].connector) for i in roads.graph.near(way.buffer(radius))]
 
 
-def parallel_tracks(world: World, ego: Path, drives_left: bool) -> list[Track]:
+def parallel_tracks(roads: RoadNetwork, ego: Path, drives_left: bool) -> list[Track]:
     """Return lines beside the ego's way that stay on the road: for maps without a lane graph.
 
     Lanes towards the kerb have the ego's direction; towards the middle of the road they have it as long as
     the map shows only lane dividers between.
     """
     near = LineString(ego.points).buffer(25)
-    surface = world.surface(near).buffer(-0.9)
+    surface = roads.surface(near).buffer(-0.9)
     shapely.prepare(surface)
-    same = shapely.union_all(world.map.lane_dividers.near(near))
+    same = shapely.union_all(roads.map.lane_dividers.near(near))
     kerb = 1 if drives_left else -1
     out = []
     for step in (1, 2, 3):
@@ -71,22 +72,22 @@ def _runs(mask: NDArray[np.bool_], least: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= least]
 
 
-def ego_path(world: World, poses_xyyaw: Array, extra_m: float) -> tuple[Path, Array]:
+def ego_path(roads: RoadNetwork, poses_xyyaw: Array, extra_m: float) -> tuple[Path, Array]:
     """Return (the ego's way, drawn out ahead by up to ``extra_m``, distance along it [F] at every pose)."""
     xy = poses_xyyaw[:, :2]
     steps = np.hypot(*np.diff(xy, axis=0).T)
     moving = np.concatenate([[True], steps > 0.02])
     heading = poses_xyyaw[-1, 2]
-    reach = _room_ahead(world, xy[-1], heading, extra_m)
+    reach = _room_ahead(roads, xy[-1], heading, extra_m)
     tail = xy[-1] + np.outer(np.arange(1.0, max(reach, 3.0)), [np.cos(heading), np.sin(heading)])
     path = Path(np.concatenate([xy[moving], tail]), smooth_m=0.5)
     travelled = np.concatenate([[0.0], np.cumsum(np.where(moving[1:], steps, 0.0))])
     return path, travelled
 
 
-def _room_ahead(world: World, xy: Array, heading: float, limit: float) -> float:
+def _room_ahead(roads: RoadNetwork, xy: Array, heading: float, limit: float) -> float:
     """Distance straight ahead to the edge of the road, m."""
     line = LineString([xy, xy + limit * np.array([np.cos(heading), np.sin(heading)])])
-    inside = world.surface(line.buffer(3)).intersection(line)
+    inside = roads.surface(line.buffer(3)).intersection(line)
     first = min(shapely.get_parts(inside), key=lambda g: g.distance(shapely.points(xy)), default=line)
     return float(first.length)

@@ -23,7 +23,7 @@ from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, Boxes, ego_middle, ne
 from nmp_train.sim.city import style_of
 from nmp_train.sim.drive import REAR_TO_FRONT_M, Trajectory
 from nmp_train.sim.flow import simulate
-from nmp_train.sim.lanes import World, world_of
+from nmp_train.sim.lanes import RoadNetwork, roads_of
 from nmp_train.sim.paths import Path
 from nmp_train.sim.scenery import Kerb, kerb_lines, make_scenery, rectangles
 from nmp_train.sim.tracks import ego_path, graph_tracks, parallel_tracks
@@ -61,6 +61,11 @@ _HABITS = {
     "singapore-hollandvillage": Habits(60.0, 7.0, 0.30, 0.14, 0.28, 0.06),
     "singapore-queenstown": Habits(45.0, 10.0, 0.22, 0.08, 0.28, 0.08),
 }
+
+
+def _habits(location: str) -> Habits:
+    """Return the habits of a location; unknown names get those of Boston."""
+    return _HABITS.get(location, _HABITS["boston-seaport"])
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def make_traffic(
     Nothing comes within ``clear_ahead_m`` of the ego's bumpers or ``clear_beside_m`` of its sides.
     """
     rng = np.random.default_rng([seed, 23])
-    world = world_of(city)
+    roads = roads_of(city)
     count = max(3, int(np.ceil(trajectory.duration_s / STEP_S)) + 1)
     times = trajectory.times_s[0] + np.arange(count) * STEP_S
     ego = trajectory.at(times)
@@ -155,28 +160,28 @@ def make_traffic(
     if density <= 0:
         none = np.zeros((count, 0, 3))
         return Traffic(times, draw_people(rng, 0), none, np.zeros((count, 0), bool), np.zeros(0, bool))
-    way, travelled = ego_path(world, ego, 60.0)
+    way, travelled = ego_path(roads, ego, 60.0)
     line = LineString(way.points)
     place = trajectory.location
-    surface = world.surface(line.buffer(REACH_M))
+    surface = roads.surface(line.buffer(REACH_M))
     kerbs = list(kerb_lines(surface))
     near = line.buffer(REACH_M - 10)
     standing = _Standing.joined(
         [
             _works(rng, kerbs, near, density, place),
             _stopped(rng, kerbs, near, density, place),
-            _parked(rng, world, kerbs, near, density, place),
+            _parked(rng, roads, kerbs, near, density, place),
         ]
     )
     standing = standing.pick(
-        _on_road(world, standing, surface) & _clear_of_way(standing, ego, clear_ahead_m, clear_beside_m)
+        _on_road(roads, standing, surface) & _clear_of_way(standing, ego, clear_ahead_m, clear_beside_m)
     )
     leaders = _leaders(rng, way, travelled, density, place)
-    tracks = graph_tracks(world, line, REACH_M) or parallel_tracks(world, way, style_of(place).drives_left)
+    tracks = graph_tracks(roads, line, REACH_M) or parallel_tracks(roads, way, style_of(place).drives_left)
     in_lanes = standing.pick(standing.blocks)
     scripted = Fleet.joined([leaders[0], in_lanes.fleet]), np.concatenate([leaders[1], _still(in_lanes.pose, count)], 1)
-    flow = simulate(rng, world, tracks, ego, STEP_S, density, scripted, place)
-    people, walk = _people(rng, world, kerb_lines(surface, 1.5), line, times - times[0], density)
+    flow = simulate(rng, roads, tracks, ego, STEP_S, density, scripted, place)
+    people, walk = _people(rng, roads, kerb_lines(surface, 1.5), line, times - times[0], density)
     lead_shown = leaders[1][..., 2] < 1e8
     fleet = Fleet.joined([leaders[0], standing.fleet, flow.fleet, people])
     motion = np.concatenate([leaders[1], _still(standing.pose, count), flow.motion, walk], axis=1)
@@ -231,10 +236,10 @@ def _near(kerb: Kerb, s: Array, near: BaseGeometry) -> NDArray[np.bool_]:
 
 
 def _parked(
-    rng: np.random.Generator, world: World, kerbs: list[Kerb], near: BaseGeometry, density: float, place: str
+    rng: np.random.Generator, roads: RoadNetwork, kerbs: list[Kerb], near: BaseGeometry, density: float, place: str
 ) -> _Standing:
     """Vehicles along the kerbs, in rows with gaps between them; on lanes as the habits of the city have it."""
-    habits = _HABITS.get(place, _HABITS["boston-seaport"])
+    habits = _habits(place)
     fleets, poses, rows = [Fleet.joined([])], [np.zeros((0, 3))], [np.zeros(0, np.int64)]
     count = 0
     shapely.prepare(near)
@@ -253,7 +258,7 @@ def _parked(
         there = (s < kerb.length - 3) & (rng.random(most) < 0.92)
         there &= _near(kerb, np.minimum(s, kerb.length), near)
         index = np.flatnonzero(there)
-        at, heading = kerb.beside(s[index], gap[index] + width[index] / 2, length[index])
+        at, heading = kerb.poses_beside(s[index], gap[index] + width[index] / 2, length[index])
         fleets.append(cars.pick(index))
         poses.append(np.column_stack([at, heading + np.where(flip[index], np.pi, 0.0) + skew[index]]))
         rows.append(row[index])
@@ -263,20 +268,20 @@ def _parked(
     shapes = rectangles(pose[:, :2], pose[:, 2], fleet.size[:, :2])
     lot = rng.random(count + 1)[at_row]
     blocks = np.zeros(len(fleet), bool)
-    if world.graph.lanes:
-        lanes = world.graph.near(near)
+    if roads.graph.lanes:
+        lanes = roads.graph.near(near)
         if lanes:
-            lines = shapely.STRtree([world.graph.lanes[i].line for i in lanes])
+            lines = shapely.STRtree([roads.graph.lanes[i].line for i in lanes])
             found, distance = lines.query_nearest(shapes, return_distance=True, all_matches=False)
-            closest = np.array([bool(world.graph.lanes[lanes[i]].beside) for i in found[1]])
-            turning = np.array([world.graph.lanes[lanes[i]].connector for i in found[1]])
+            closest = np.array([bool(roads.graph.lanes[lanes[i]].beside) for i in found[1]])
+            turning = np.array([roads.graph.lanes[lanes[i]].connector for i in found[1]])
             blocks = distance < 1.15
             allowed = np.where(closest, habits.on_lane, np.where(turning, 0.0, habits.on_only_lane))
             keep = ~blocks | (lot < allowed)
         else:
             keep = np.ones(len(fleet), bool)
     else:
-        lanes_here = shapely.union_all(world.map.lanes.near(near))
+        lanes_here = shapely.union_all(roads.map.lanes.near(near))
         share = shapely.area(shapely.intersection(lanes_here, shapes)) / shapely.area(shapes)
         # Off the lanes is a bay; on a lane, only some kerbs are parked on.
         blocks = share >= 0.3
@@ -286,7 +291,7 @@ def _parked(
 
 def _stopped(rng: np.random.Generator, kerbs: list[Kerb], near: BaseGeometry, density: float, place: str) -> _Standing:
     """Vans that deliver, taxis and buses: they stand in a lane beside the kerb, or beside the parked cars."""
-    habits = _HABITS.get(place, _HABITS["boston-seaport"])
+    habits = _habits(place)
     shapely.prepare(near)
     parts = []
     for kerb in kerbs:
@@ -295,7 +300,7 @@ def _stopped(rng: np.random.Generator, kerbs: list[Kerb], near: BaseGeometry, de
         s = rng.uniform(5, max(kerb.length - 5, 6), count)
         out = np.where(rng.random(count) < 0.5, 0.4, 2.6) + rng.uniform(0, 0.3, count)
         index = np.flatnonzero(_near(kerb, s, near))
-        at, heading = kerb.beside(s[index], (out + fleet.size[:, 1] / 2)[index], fleet.size[index, 0])
+        at, heading = kerb.poses_beside(s[index], (out + fleet.size[:, 1] / 2)[index], fleet.size[index, 0])
         # The road lies to the left of a kerb line: where one drives on the left, that is against the line.
         along = heading + (np.pi if style_of(place).drives_left else 0.0)
         parts.append(_Standing(fleet.pick(index), np.column_stack([at, along]), np.ones(len(index), bool)))
@@ -304,7 +309,7 @@ def _stopped(rng: np.random.Generator, kerbs: list[Kerb], near: BaseGeometry, de
 
 def _works(rng: np.random.Generator, kerbs: list[Kerb], near: BaseGeometry, density: float, place: str) -> _Standing:
     """Works that take a part of the road beside a kerb: a row of cones out, barriers along, and cones back."""
-    habits = _HABITS.get(place, _HABITS["boston-seaport"])
+    habits = _habits(place)
     shapely.prepare(near)
     parts = []
     for kerb in kerbs:
@@ -331,17 +336,17 @@ def _works(rng: np.random.Generator, kerbs: list[Kerb], near: BaseGeometry, dens
             fleet = draw(rng, number.astype(np.int64))
             # One site has barriers of one colour.
             fleet.rgb[number == NUMBER["barrier"]] = fleet.rgb[len(slope)]
-            at, heading = kerb.beside(begin + s, 0.25 + out, 2.0)
+            at, heading = kerb.poses_beside(begin + s, 0.25 + out, 2.0)
             parts.append(_Standing(fleet, np.column_stack([at, heading]), np.full(len(s), depth > 1.2)))
     return _Standing.joined(parts)
 
 
-def _on_road(world: World, standing: _Standing, surface: BaseGeometry) -> NDArray[np.bool_]:
+def _on_road(roads: RoadNetwork, standing: _Standing, surface: BaseGeometry) -> NDArray[np.bool_]:
     """Whether each stands on the road and on no crossing."""
     shapes = rectangles(standing.pose[:, :2], standing.pose[:, 2], standing.fleet.size[:, :2])
     road = surface.buffer(0.25)
     shapely.prepare(road)
-    zebras = shapely.union_all([c.buffer(1.0) for c in world.map.crossings.near(surface)])
+    zebras = shapely.union_all([c.buffer(1.0) for c in roads.map.crossings.near(surface)])
     shapely.prepare(zebras)
     return np.asarray(shapely.contains(road, shapes) & ~shapely.intersects(zebras, shapes), dtype=bool)
 
@@ -353,7 +358,7 @@ def _clear_of_way(standing: _Standing, ego: Array, ahead: float, aside: float) -
 
 
 def _people(
-    rng: np.random.Generator, world: World, kerbs: Iterator[Kerb], way: LineString, times: Array, density: float
+    rng: np.random.Generator, roads: RoadNetwork, kerbs: Iterator[Kerb], way: LineString, times: Array, density: float
 ) -> tuple[Fleet, Array]:
     """Pedestrians who stand or walk along the kerbs, some in company, and some who cross the road on a crossing."""
     near = way.buffer(40)
@@ -368,11 +373,11 @@ def _people(
             if not near.intersects(shapely.points(kerb.at(np.array(s0)))):
                 continue
             for k in range(group):
-                at, heading = kerb.beside(np.mod(s0 + 0.3 * k + pace * times, kerb.length), out - 0.7 * k, 4.0)
+                at, heading = kerb.poses_beside(np.mod(s0 + 0.3 * k + pace * times, kerb.length), out - 0.7 * k, 4.0)
                 at = gaussian_filter1d(at, 3.0, axis=0, mode="nearest")
                 turned = np.unwrap(heading) + (np.pi if pace < 0 else 0.0)
                 tracks.append(np.column_stack([at, gaussian_filter1d(turned, 3.0, mode="nearest")]))
-    for crossing in world.map.crossings.near(near):
+    for crossing in roads.map.crossings.near(near):
         for _ in range(int(rng.poisson(0.5 * density))):
             tracks.append(_walk_over(rng, crossing, times))
     if not tracks:

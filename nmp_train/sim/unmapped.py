@@ -22,13 +22,16 @@ from nmp_train.sim.markings import (
     paint_crossing,
     wear_level,
 )
-from nmp_train.sim.marks import Array, Layer, Marks, Path, pieces, rng_of
+from nmp_train.sim.marks import Array, Layer, Marks, pieces, rng_of
+from nmp_train.sim.polyline import Polyline
 from nmp_train.sim.roadside import LaneAxis, RoadSide, Run
 
 CLEAR_M = 0.8
 """lines end this far before a crossing"""
+HATCH_M = 1.6
+"""between the lines of a hatched area"""
 WORDS = {False: ("STOP", "ONLY", "BUS", "SLOW", "XING"), True: ("SLOW", "BUS", "AHEAD", "STOP", "HUMP")}
-# tip at +1, [-1..1] along the direction of travel, across
+# Outlines of arrows: along the direction of travel (the tip at +1) and across it.
 _SHAFT = [(-1, -0.06), (0.25, -0.06), (0.25, -0.25), (1, 0), (0.25, 0.25), (0.25, 0.06), (-1, 0.06)]
 _HOOK = [(-1, -0.06), (0.1, -0.06), (0.3, -0.3), (0.12, -0.42), (0.75, -0.72), (0.78, -0.22), (0.6, -0.3), (0.15, 0.06)]
 
@@ -46,7 +49,7 @@ def mark_roadsides(
             _along_kerb(marks, rng, path, run, side, clutter)
 
 
-def _clear_of(path: Path, crossings: list[BaseGeometry]) -> list[Path]:
+def _clear_of(path: Polyline, crossings: list[BaseGeometry]) -> list[Polyline]:
     """Return the parts of a kerb that have no crossing in front of them."""
     if not crossings:
         return [path]
@@ -55,10 +58,12 @@ def _clear_of(path: Path, crossings: list[BaseGeometry]) -> list[Path]:
     blocked = shapely.union_all([c.buffer(CLEAR_M + 0.7) for c in crossings])
     free = line.difference(blocked)
     merged = shapely.line_merge(free) if free.geom_type == "MultiLineString" else free
-    return [Path(shapely.get_coordinates(p)) for p in shapely.get_parts(merged) if p.length > 8]
+    return [Polyline(shapely.get_coordinates(p)) for p in shapely.get_parts(merged) if p.length > 8]
 
 
-def _along_kerb(marks: Marks, rng: np.random.Generator, path: Path, run: Run, side: RoadSide, clutter: Clutter) -> None:
+def _along_kerb(
+    marks: Marks, rng: np.random.Generator, path: Polyline, run: Run, side: RoadSide, clutter: Clutter
+) -> None:
     def along(offset: float, style: Style, rgb: Array, faint: float = 0.25) -> None:
         for part in path.shifted(offset):
             draw_line(marks, rng, part, style, rgb, wear_level(rng, faint, 0.35), clutter)
@@ -85,7 +90,7 @@ def _along_kerb(marks: Marks, rng: np.random.Generator, path: Path, run: Run, si
             _bays(marks, rng, path, clutter)
     if rng.random() < clutter.false_lines and path.length > 15:
         start, offset = float(rng.uniform(0, path.length / 2)), float(rng.uniform(1.0, 9.0))
-        part = Path(path.cut(start, min(start + rng.uniform(8, 50), path.length)))
+        part = Polyline(path.cut(start, min(start + rng.uniform(8, 50), path.length)))
         for line in part.shifted(offset):
             if not side.on_road(line.at(np.linspace(0, line.length, 5))).all():
                 continue
@@ -93,22 +98,23 @@ def _along_kerb(marks: Marks, rng: np.random.Generator, path: Path, run: Run, si
             if rng.random() < 0.6:
                 style = Style(width=width)
             kind = rng.random()
-            rgb, layer = (WHITE, Layer.PAINT) if kind < 0.45 else (TAR, Layer.GHOST) if kind < 0.75 else (YELLOW, 4)
+            rgb = WHITE if kind < 0.45 else TAR if kind < 0.75 else YELLOW
+            layer = Layer.GHOST if rgb is TAR else Layer.PAINT
             state = (float(rng.uniform(0.12, 0.6)), 0.9)
-            draw_line(marks, rng, line, style, rgb, state, clutter, Layer(layer))
+            draw_line(marks, rng, line, style, rgb, state, clutter, layer)
     if rng.random() < clutter.zigzags * (0.5 if side.left_hand else 0.1) and path.length > 14:
         s = np.arange(0.0, 12.0, 2.0)
         zig = path.beside(s, 0.5 + 0.35 * (np.arange(len(s)) % 2))
-        marks.stroke(pieces(Path(zig), 4.0), 0.1, WHITE, wear_level(rng, 0.2, 0.4)[0], rough=0.6)
+        marks.stroke(pieces(Polyline(zig), 4.0), 0.1, WHITE, wear_level(rng, 0.2, 0.4)[0], rough=0.6)
     if rng.random() < clutter.hatches and path.length > 14:
         start, wide = float(rng.uniform(0, path.length - 12)), float(rng.uniform(1.2, 2.4))
         area = path.quad(start, start + float(rng.uniform(6, 12)), 0.3, wide)
         if not side.surface.contains(area):
             return
-        _hatch(marks, rng, area, WHITE if rng.random() < 0.7 else YELLOW, 1.6)
+        _hatch(marks, rng, area, WHITE if rng.random() < 0.7 else YELLOW)
 
 
-def _bays(marks: Marks, rng: np.random.Generator, path: Path, clutter: Clutter) -> None:
+def _bays(marks: Marks, rng: np.random.Generator, path: Polyline, clutter: Clutter) -> None:
     depth, pitch = float(rng.uniform(1.9, 2.5)), float(rng.uniform(5.2, 6.6))
     opacity, rough = wear_level(rng, 0.3, 0.4)
     width = float(rng.uniform(0.08, 0.12))
@@ -122,7 +128,7 @@ def _bays(marks: Marks, rng: np.random.Generator, path: Path, clutter: Clutter) 
     form = rng.random()
     if form < 0.55:
         dash = None if form < 0.35 else (1.0, 1.0)
-        for part in Path(path.cut(ticks[0], ticks[-1])).shifted(depth):
+        for part in Polyline(path.cut(ticks[0], ticks[-1])).shifted(depth):
             draw_line(marks, rng, part, Style(width=width, dash=(dash,)), WHITE, (opacity, rough), clutter)
     else:
         for t in ticks:
@@ -130,9 +136,7 @@ def _bays(marks: Marks, rng: np.random.Generator, path: Path, clutter: Clutter) 
             marks.stroke([path.beside([a, b], [depth, depth])], width, WHITE, opacity, rough=rough)
 
 
-def _hatch(
-    marks: Marks, rng: np.random.Generator, area: BaseGeometry, rgb: Array, step: float, *, grid: bool = False
-) -> None:
+def _hatch(marks: Marks, rng: np.random.Generator, area: BaseGeometry, rgb: Array, *, grid: bool = False) -> None:
     """Fill an area with diagonal lines, or with a grid of them."""
     opacity, rough = wear_level(rng, 0.25, 0.4)
     box = area.minimum_rotated_rectangle
@@ -146,12 +150,12 @@ def _hatch(
     strokes: list[Array] = []
     for diagonal in (along + left, along - left)[: 2 if grid else 1]:
         unit = diagonal / np.linalg.norm(diagonal)
-        base = corner.mean(axis=0) + np.arange(-reach, reach, step)[:, None] * [-unit[1], unit[0]]
+        base = corner.mean(axis=0) + np.arange(-reach, reach, HATCH_M)[:, None] * [-unit[1], unit[0]]
         lines = np.stack([base - reach * unit, base + reach * unit], axis=1)
         cut = shapely.get_parts(shapely.intersection(shapely.linestrings(lines), area))
         strokes += [shapely.get_coordinates(c) for c in cut if c.geom_type == "LineString" and c.length > 0.2]
     marks.stroke(strokes, 0.18, rgb, opacity, rough=rough)
-    outline = Path(shapely.get_coordinates(area.exterior))
+    outline = Polyline(shapely.get_coordinates(area.exterior))
     marks.stroke(pieces(outline, 6.0), 0.12, rgb, opacity, rough=rough)
 
 
@@ -180,11 +184,11 @@ def mark_crossing_surroundings(
             state = wear_level(rng, 0.2, 0.35)
             wide = float(rng.uniform(0.2, 0.5))
             if rng.random() < 0.8:
-                marks.stroke(pieces(Path(line), 1.7), wide, WHITE, state[0], rough=state[1])
+                marks.stroke(pieces(Polyline(line), 1.7), wide, WHITE, state[0], rough=state[1])
             else:
                 for k in (0, 1):
                     style = Style(width=0.15, dash=((0.6, 0.4),))
-                    draw_line(marks, rng, Path(line + 0.3 * k * out), style, WHITE, state, clutter)
+                    draw_line(marks, rng, Polyline(line + 0.3 * k * out), style, WHITE, state, clutter)
 
 
 def mark_lanes(marks: Marks, city: CityMap, side: RoadSide, axes: list[LaneAxis], clutter: Clutter, seed: int) -> None:
@@ -210,7 +214,7 @@ def mark_lanes(marks: Marks, city: CityMap, side: RoadSide, axes: list[LaneAxis]
             _hump(marks, rng, path, side, city, clutter)
 
 
-def _word(text: str, path: Path, station: float, width: float) -> Iterator[Polygon]:
+def _word(text: str, path: Polyline, station: float, width: float) -> Iterator[Polygon]:
     """Yield the strokes of a word of 2.4 m height that is read by who comes along the path."""
     (wide, high), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 4)
     image = np.zeros((high + 8, wide + 8), np.uint8)
@@ -224,7 +228,9 @@ def _word(text: str, path: Path, station: float, width: float) -> Iterator[Polyg
             yield Polygon(path.beside(station - v * scale_y, -right)).buffer(0)
 
 
-def _hump(marks: Marks, rng: np.random.Generator, path: Path, side: RoadSide, city: CityMap, clutter: Clutter) -> None:
+def _hump(
+    marks: Marks, rng: np.random.Generator, path: Polyline, side: RoadSide, city: CityMap, clutter: Clutter
+) -> None:
     """Lay a speed hump from kerb to kerb; its bars look like a zebra."""
     station = float(rng.uniform(8, path.length - 8))
     point, normal = path.at(station), path.normal(station)
@@ -263,4 +269,4 @@ def mark_junctions(
                 continue
             rng = rng_of(seed, area.centroid)
             if rng.random() < share:
-                _hatch(marks, rng, area.simplify(0.8).intersection(side.surface), YELLOW, 1.6, grid=True)
+                _hatch(marks, rng, area.simplify(0.8).intersection(side.surface), YELLOW, grid=True)

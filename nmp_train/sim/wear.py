@@ -10,7 +10,8 @@ from shapely.geometry.base import BaseGeometry
 from nmp.citymap import CityMap
 from nmp_train.sim.clutter import Clutter
 from nmp_train.sim.markings import TAR, patch
-from nmp_train.sim.marks import Array, Layer, Marks, Path, pieces, rng_of
+from nmp_train.sim.marks import Array, Layer, Marks, pieces, rng_of
+from nmp_train.sim.polyline import Polyline
 from nmp_train.sim.roadside import LaneAxis, RoadSide
 
 CELL_M = 20.0
@@ -25,7 +26,7 @@ def mark_lengthwise(
 ) -> None:
     """Lay seams, tones, trenches and tyre tracks along dividers and kerbs."""
     lines = [*city.road_dividers.near(region), *city.lane_dividers.near(region)]
-    guides = [Path(shapely.get_coordinates(line)) for line in lines]
+    guides = [Polyline(shapely.get_coordinates(line)) for line in lines]
     guides += [run.path for run in side.runs_near(region) if run.straight and run.path.length > 15]
     for k, guide in enumerate(guides):
         if guide.length < 8:
@@ -55,7 +56,9 @@ def _inside(side: RoadSide, shape: Polygon) -> bool:
     return bool(side.surface.contains(shape))
 
 
-def _seam(marks: Marks, rng: np.random.Generator, guide: Path, offset: float, side: RoadSide, clutter: Clutter) -> None:
+def _seam(
+    marks: Marks, rng: np.random.Generator, guide: Polyline, offset: float, side: RoadSide, clutter: Clutter
+) -> None:
     start = float(rng.uniform(0, guide.length * 0.5))
     stop = min(guide.length, start + float(rng.uniform(15, 90)))
     strip = guide.quad(start, stop, offset - 0.05, offset + 0.05)
@@ -75,7 +78,7 @@ def _seam(marks: Marks, rng: np.random.Generator, guide: Path, offset: float, si
         rgb, opacity = TAR, float(rng.uniform(0.35, 0.85))
     else:  # a dusty joint is lighter than what it joins
         rgb, opacity = np.full(3, rng.uniform(0.4, 0.55)), float(rng.uniform(0.3, 0.7))
-    for part in Path(guide.cut(start, stop)).shifted(offset):
+    for part in Polyline(guide.cut(start, stop)).shifted(offset):
         strokes = pieces(part, 4.0)
         level = opacity * rng.uniform(0.4, 1.0, len(strokes))
         marks.stroke(strokes, width, rgb, level.tolist(), layer=Layer.SEAM, rough=0.7)
@@ -84,7 +87,7 @@ def _seam(marks: Marks, rng: np.random.Generator, guide: Path, offset: float, si
 def _lay(
     marks: Marks,
     rng: np.random.Generator,
-    guide: Path,
+    guide: Polyline,
     start: float,
     stop: float,
     at: float,
@@ -100,7 +103,7 @@ def _lay(
 def mark_concrete(marks: Marks, axes: list[LaneAxis], clutter: Clutter, seed: int) -> None:
     """Make some blocks of lanes light concrete slabs with a grid of joints."""
     for axis in axes:
-        block = np.floor(axis.concrete_key / BLOCK_M)
+        block = np.floor(axis.middle / BLOCK_M)
         shared = rng_of(seed, block, 4)
         if shared.random() >= clutter.concrete:
             continue
@@ -119,11 +122,10 @@ def mark_spots(marks: Marks, side: RoadSide, region: BaseGeometry, clutter: Clut
     corner = np.stack([i, j], axis=1) * CELL_M
     boxes = shapely.box(*corner.T, *(corner + CELL_M).T)
     rate = CELL_M**2 / 10_000
-    kinds = ("patches", "lids", "cracks", "stains", "skids", "puddles")
-    rates = np.array([getattr(clutter, f"{kind}_per_ha") for kind in kinds]) * rate
+    rates = np.array([getattr(clutter, f"{kind}_per_ha") for kind in _SPOTS]) * rate
     for place in corner[shapely.intersects(side.surface, boxes)]:
         rng = rng_of(seed, place, 5)
-        for kind, count in zip(kinds, rng.poisson(rates), strict=True):
+        for kind, count in zip(_SPOTS, rng.poisson(rates), strict=True):
             points = place + rng.uniform(0, CELL_M, (count, 2))
             for point, heading in zip(points, side.heading(points) if count else [], strict=True):
                 if side.on_road(point[None])[0]:
@@ -169,8 +171,8 @@ def _spot_crack(marks: Marks, rng: np.random.Generator, point: Array, ahead: Arr
     if len(line) < 2:
         return
     sealed = rng.random() < 0.4
-    width, rgb = (float(rng.uniform(0.06, 0.13)), TAR) if sealed else (float(rng.uniform(0.02, 0.05)), TAR)
-    marks.stroke(pieces(Path(line), 4.0), width, rgb, float(rng.uniform(0.4, 0.9)), layer=Layer.SEAM, rough=0.4)
+    width = float(rng.uniform(0.06, 0.13) if sealed else rng.uniform(0.02, 0.05))
+    marks.stroke(pieces(Polyline(line), 4.0), width, TAR, float(rng.uniform(0.4, 0.9)), layer=Layer.SEAM, rough=0.4)
 
 
 def _blob(rng: np.random.Generator, point: Array, ahead: Array, long: float, wide: float) -> Polygon:
@@ -195,7 +197,7 @@ def _spot_skid(marks: Marks, rng: np.random.Generator, point: Array, ahead: Arra
     for track in (-0.75, 0.75)[: int(rng.integers(1, 3))]:
         line = point + s[:, None] * ahead + (bend + track)[:, None] * left
         if side.on_road(line).all():
-            marks.stroke(pieces(Path(line), 5.0), 0.18, 0.6, 0.7, layer=Layer.DIRT, soft=0.08, gain=True, rough=0.8)
+            marks.stroke(pieces(Polyline(line), 5.0), 0.18, 0.6, 0.7, layer=Layer.DIRT, soft=0.08, gain=True, rough=0.8)
 
 
 def _spot_puddle(marks: Marks, rng: np.random.Generator, point: Array, ahead: Array, side: RoadSide) -> None:
@@ -204,6 +206,7 @@ def _spot_puddle(marks: Marks, rng: np.random.Generator, point: Array, ahead: Ar
     marks.fill([shape.buffer(0).intersection(side.surface)], gain, 0.9, layer=Layer.DIRT, soft=0.3, gain=True)
 
 
+# Drawn in this order. Every one takes (marks, generator, place [2] m, direction of the road [2], road).
 _SPOTS = {
     "patches": _spot_patch,
     "lids": _spot_lid,

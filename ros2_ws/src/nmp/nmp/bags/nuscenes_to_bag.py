@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -98,6 +99,12 @@ def read_pose_estimates(folder: Path) -> dict[str, dict[str, Any]] | None:
         ) from exc
 
 
+@functools.lru_cache(maxsize=1)
+def _estimates(folder: Path, _changed_ns: int) -> dict[str, dict[str, Any]] | None:
+    """Read once for all scenes of a release, and again when the file was written anew."""
+    return read_pose_estimates(folder)
+
+
 def scene_shots(
     nusc: NuScenes, scene_name: str, *, sweeps: bool = False, true_poses: bool = False
 ) -> tuple[str, list[Shot]]:
@@ -129,7 +136,8 @@ def scene_shots(
                 token = records[-1]["next"]
 
     folder = Path(nusc.dataroot) / nusc.version
-    estimates = None if true_poses else read_pose_estimates(folder)
+    path = folder / "ego_pose_estimate.json"
+    estimates = None if true_poses or not path.is_file() else _estimates(folder, path.stat().st_mtime_ns)
     if estimates is not None and (unknown := [t for r in records if (t := r["ego_pose_token"]) not in estimates]):
         raise NmpError(
             f"{folder / 'ego_pose_estimate.json'} has no estimate of ego pose {unknown[0]} (one of {len(unknown)}): "

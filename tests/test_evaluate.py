@@ -1,0 +1,355 @@
+"""``nmp-train eval``: what the mapper is given, what it is compared with, and where the scores are filed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nmp.changelog import Change, apply_changes
+from nmp.citymap import CityMap
+from nmp.errors import NmpError
+from nmp.frame import ANCHOR_CAMERA, Frame
+from nmp.geometry import BevGrid, yaw_of
+from nmp.truth import rasterize
+from nmp_train.cli import main
+from nmp_train.evaluate import PROTOCOLS, evaluate_dataset, scene_frames, split_scenes, weather_of
+from nmp_train.sim.changes import draw_changes
+from nmp_train.sim.city import generate_city
+from nmp_train.sim.dataset import Drive, write_dataset
+from nmp_train.sim.drive import Trajectory
+from nmp_train.sim.localisation import LocalisationNoise
+from nmp_train.sim.rig import FIRING_OFFSET_MS
+
+BOSTON, VERSION = "boston-seaport", "v1.0-mini"
+GRID = BevGrid()
+FRAMES = 3
+"""of every scene"""
+FIRST_DAY, LAST_DAY = "2018-08-01", "2018-09-01"
+
+HERE, FAR = 0.0, 60.0
+"""how far a scene is from a place that changes, m"""
+SCENES = {
+    # Names do not follow time: the third drive is named first.
+    "scene-0003": (FIRST_DAY, "day", HERE),
+    "scene-0002": ("2018-08-20", "rain", HERE),
+    "scene-0004": ("2018-08-25", "night", FAR),
+    "scene-0001": (LAST_DAY, "night rain", HERE),
+}
+"""day, weather and place by name, in the order in which they were driven"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A data set, and what it was made from."""
+
+    root: Path
+    tables: dict[str, Any]
+    changes: list[Change]
+    drives: dict[str, Trajectory]
+    starts: dict[str, int]
+    """first stamp (ns) of the anchor camera by scene"""
+
+    def truth(self, stamp_ns: int, *, date: str | None = None, pose: NDArray[np.float64] | None = None) -> Any:
+        """Draw the truth at an anchor stamp from the drive itself; at a pose [4, 4] or on a date that differ, if so."""
+        name = self.scene_at(stamp_ns)
+        drive = self.drives[name]
+        x, y, yaw = drive.at(self._seconds(name, stamp_ns))
+        if pose is not None:
+            x, y, yaw = pose[0, 3], pose[1, 3], yaw_of(pose)
+        tables = apply_changes(self.tables, self.changes, date or drive.date)
+        return rasterize(CityMap.from_tables(tables, BOSTON), float(x), float(y), float(yaw), GRID)
+
+    def scene_at(self, stamp_ns: int) -> str:
+        return max((n for n, start in self.starts.items() if start <= stamp_ns), key=self.starts.__getitem__)
+
+    def _seconds(self, name: str, stamp_ns: int) -> float:
+        return (stamp_ns - self.starts[name]) / 1e9 + FIRING_OFFSET_MS[ANCHOR_CAMERA] / 1000
+
+
+def first_stamps(root: Path) -> dict[str, int]:
+    """Return the first stamp (ns) of the anchor camera by scene."""
+    scenes, images = (json.loads((root / VERSION / f"{n}.json").read_text()) for n in ("scene", "sample_data"))
+    scene_of = {r["first_sample_token"]: r["name"] for r in scenes}
+    front = [r for r in images if r["sample_token"] in scene_of and "/CAM_FRONT/" in r["filename"]]
+    return {scene_of[r["sample_token"]]: r["timestamp"] * 1000 for r in front}
+
+
+def blank(*_: Any, size: tuple[int, int], **__: Any) -> NDArray[np.uint8]:
+    return np.full((6, size[1], size[0], 3), 90, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Four slow drives of 1.3 s, three of them past a place that changes; the cars know their poses badly."""
+    tables = generate_city(5, BOSTON, 250.0)
+    changes = draw_changes(tables, BOSTON, 3, (FIRST_DAY, LAST_DAY), 1)
+    times = np.arange(0, 1.31, 0.1)
+    drives, words = {}, []
+    for name, (date, weather, aside) in SCENES.items():
+        # towards the middle of the city, so that the second place is in it too
+        way = np.sign(125.0 - changes[0].x)
+        poses = np.column_stack(
+            [changes[0].x + way * aside + 3.0 * times, np.full(len(times), changes[0].y), 0 * times]
+        )
+        drives[name] = Trajectory(BOSTON, date, times, poses, name)
+        words.append(weather)
+    out = tmp_path_factory.mktemp("eval") / "data"
+    write_dataset(
+        out,
+        [Drive(d, w, 0.0, name=d.name) for d, w in zip(drives.values(), words, strict=True)],
+        {BOSTON: tables},
+        render=blank,
+        image_size=(160, 90),
+        seed=4,
+        tilt=False,
+        progress=False,
+        changes={BOSTON: changes},
+        localisation=LocalisationNoise(0.6, 0.02),
+        splits={"train": ["scene-0002", "scene-0003"], "val": ["scene-0001"], "empty": []},
+    )
+    return Site(out, tables, changes, drives, first_stamps(out))
+
+
+@dataclass
+class Mapper:
+    """Stands in for the online mapper: draws what it is told to, and writes down what it was given."""
+
+    draw: Callable[[Frame], NDArray[np.uint8]]
+    runs: list[tuple[bool, list[str], list[Frame]]] = field(default_factory=list)
+    """use_prior, the scenes that the prior was made of, and the frames, of every mapper that was opened"""
+    name_of: Callable[[Frame], str] = lambda frame: ""
+    grid = GRID
+
+    def open(self, weights: Path | None, prior_dir: Path, *, use_prior: bool = True) -> Mapper:
+        self.prior_dir = prior_dir
+        known = sorted(p.name for p in prior_dir.iterdir()) if prior_dir.is_dir() else []
+        self.runs.append((use_prior, known, []))
+        return self
+
+    def update(self, frame: Frame) -> Any:
+        self.runs[-1][2].append(frame)
+        if self.runs[-1][0]:
+            self.prior_dir.mkdir(parents=True, exist_ok=True)
+            (self.prior_dir / self.name_of(frame)).touch()
+        return SimpleNamespace(masks=self.draw(frame))
+
+    def __enter__(self) -> Mapper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        pass
+
+
+@pytest.fixture
+def mapper(site: Site, monkeypatch: pytest.MonkeyPatch) -> Mapper:
+    """A mapper that sees nothing."""
+    fake = Mapper(lambda frame: np.zeros((3, *GRID.shape), np.uint8))
+    fake.name_of = lambda frame: site.scene_at(frame.stamp_ns)
+    monkeypatch.setattr("nmp.mapper.OnlineMapper", fake.open)
+    return fake
+
+
+def score(site: Site, protocol: str = "no_prior", **more: Any) -> Any:
+    return evaluate_dataset(None, site.root, VERSION, protocol, progress=False, **more)
+
+
+def test_truth_is_at_the_true_pose_in_the_map_of_the_day(site: Site, mapper: Mapper) -> None:
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns)
+    right = score(site).percent()["all"]
+    assert right["divider"] == right["boundary"] == right["miou"] == pytest.approx(100.0, abs=0.5)
+    # What is right at the believed pose is not right, nor what was right on the first day.
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns, pose=frame.map_from_base)
+    assert score(site).percent()["all"]["miou"] < 90.0
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns, date=FIRST_DAY)
+    old = score(site, scenes=["scene-0001"]).percent()["all"]
+    assert min(old[name] for name in ("divider", "crossing", "boundary") if np.isfinite(old[name])) < 97.0
+    assert score(site, scenes=["scene-0003"]).percent()["all"]["miou"] > 99.0
+
+
+def test_frames_carry_what_the_car_believed(site: Site, mapper: Mapper) -> None:
+    from nmp.bags.nuscenes_to_bag import load_nuscenes
+
+    scene = scene_frames(load_nuscenes(site.root, VERSION), "scene-0002")
+    assert (scene.location, scene.weather, len(scene.frames)) == (BOSTON, "rain", FRAMES)
+    for frame, true in zip(scene.frames, scene.true_poses, strict=True):
+        assert [s.camera.name for s in frame.shots][0] == ANCHOR_CAMERA and len(frame.shots) == 6
+        assert np.ptp([s.stamp_ns for s in frame.shots]) < 0.1e9
+        assert 0.01 < np.hypot(*(frame.map_from_base - true)[:2, 3]) < 3.0
+        assert (frame.position_std, frame.yaw_std) == pytest.approx((0.6, 0.02))
+        assert isinstance(frame.shots[0].image, bytes) and frame.shots[0].image[:2] == b"\xff\xd8"
+
+
+def test_frames_are_filed_by_weather_ring_and_earlier_trips(site: Site, mapper: Mapper) -> None:
+    result = score(site, "earlier_trips")
+    frames = {name: result.meters[name].frames for name in result.percent()}
+    everything, one = len(SCENES) * FRAMES, FRAMES
+    assert frames == {
+        "all": everything,
+        "day": one,
+        "rain": one,
+        "night": one,
+        "night rain": one,
+        # one at the far place, and the first of three at the other
+        "trips before: 0": 2 * one,
+        "trips before: 1": one,
+        "trips before: 2": one,
+        "0-10 m": everything,
+        "10-20 m": everything,
+        "20-40 m": everything,
+    }
+    # Scenes that share no prior have no earlier trips.
+    for protocol in ("no_prior", "empty"):
+        assert not [name for name in score(site, protocol).percent() if name.startswith("trips")]
+
+
+def test_the_fifth_trip_and_all_after_it_are_one_row(site: Site, mapper: Mapper) -> None:
+    from nmp_train.evaluate import SceneFrames, _History
+
+    pose = np.eye(4)
+    scene = SceneFrames("scene-0001", BOSTON, "day", [], [pose])
+    history, labels = _History(), []
+    for _ in range(7):
+        labels.append(history.label(BOSTON, pose))
+        history.add(scene)
+    assert [label.rpartition(" ")[2] for label in labels] == ["0", "1", "2", "3", "4", "5+", "5+"]
+    assert history.label("singapore-onenorth", pose) == "trips before: 0"
+    pose[0, 3] += 10.5
+    assert history.label(BOSTON, pose) == "trips before: 0"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        ("no_prior", [(False, []), (False, []), (False, []), (False, [])]),
+        ("empty", [(True, []), (True, []), (True, []), (True, [])]),
+        (
+            "earlier_trips",
+            [
+                (True, []),
+                (True, ["scene-0003"]),
+                (True, ["scene-0002", "scene-0003"]),
+                (True, ["scene-0002", "scene-0003", "scene-0004"]),
+            ],
+        ),
+    ],
+)
+def test_priors_of_the_protocols(
+    protocol: str, expected: list[tuple[bool, list[str]]], site: Site, mapper: Mapper
+) -> None:
+    score(site, protocol)
+    assert [run[:2] for run in mapper.runs] == expected
+    assert [mapper.name_of(run[2][0]) for run in mapper.runs] == list(SCENES)
+    assert not mapper.prior_dir.exists()
+
+
+def test_train_trips_score_every_scene_on_the_same_prior(site: Site, mapper: Mapper) -> None:
+    train = ["scene-0002", "scene-0003"]
+    result = score(site, "train_trips", scenes=["scene-0001", "scene-0004"], train_scenes=train)
+    assert [run[1] for run in mapper.runs] == [[], train, train]
+    frames = {name: meter.frames for name, meter in result.meters.items()}
+    assert frames["all"] == 2 * FRAMES and frames["trips before: 2"] == frames["trips before: 0"] == FRAMES
+    assert "rain" not in frames and frames["night rain"] == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("description", "weather"),
+    [
+        ("Parked truck, construction, intersection", "day"),
+        ("Rain, turn left", "rain"),
+        ("Night, after rain, wait", "night rain"),
+        ("Night, ped, knight rider", "night"),
+        ("Wait for train, overnight parking", "day"),
+    ],
+)
+def test_weather_of_a_description(description: str, weather: str) -> None:
+    assert weather_of(description) == weather
+
+
+def test_splits_are_those_of_the_data_set_or_of_the_devkit(site: Site, tmp_path: Path) -> None:
+    assert split_scenes("val", site.root, VERSION) == ["scene-0001"]
+    (tmp_path / VERSION).mkdir()
+    assert "scene-0103" in split_scenes("mini_val", tmp_path, VERSION)
+    with pytest.raises(NmpError, match="no split 'vel' in nuScenes: choose from mini_train"):
+        split_scenes("vel", tmp_path, VERSION)
+    (tmp_path / VERSION / "splits.json").write_text('["scene-0001"]')
+    with pytest.raises(NmpError, match="splits.json holds no lists"):
+        split_scenes("val", tmp_path, VERSION)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "vel"], "no split 'vel' in"),
+        (["--split", "empty"], "no scenes to score"),
+        (["--version", "v1.0-trainval"], "no tables 'v1.0-trainval'"),
+        (["--version", "v1.0-trainval", "--split", "val"], "no tables 'v1.0-trainval'"),
+        (["--protocol", "train_trips"], "name them with --split"),
+        (["--protocol", "train_trips", "--split", "val", "--train-split", "empty"], "--train-split that has some"),
+        (["--protocol", "train_trips", "--split", "train"], "scene-0002 would be scored on a prior that it wrote"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, site: Site, mapper: Mapper, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--dataroot", str(site.root), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("nmp-train: error: ") and message in shown and shown.count("\n") == 1
+    assert not mapper.runs
+
+
+def test_scenes_and_maps_that_are_missing_are_named(site: Site, mapper: Mapper, tmp_path: Path) -> None:
+    with pytest.raises(NmpError, match="has no scene-0061: choose"):
+        score(site, scenes=["scene-0061"])
+    with pytest.raises(NmpError, match="no protocol 'nothing'"):
+        score(site, "nothing")
+    shutil.copytree(site.root / VERSION, tmp_path / VERSION)
+    (tmp_path / "maps").mkdir()
+    shutil.copy(next((site.root / "maps").glob("*.png")), tmp_path / "maps")
+    with pytest.raises(NmpError, match=f"no map expansion for {BOSTON}"):
+        evaluate_dataset(None, tmp_path, VERSION, "no_prior", progress=False)
+    assert not mapper.runs
+
+
+def test_the_command_with_the_shipped_weights(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scores.json"
+    arguments = ["--split", "val", "--protocol", "empty", "--json", str(out)]
+    assert main(["eval", "--dataroot", str(site.root), *arguments]) == 0
+    table = capsys.readouterr().out
+    assert f"all ({FRAMES})" in table and f"night rain ({FRAMES})" in table
+    scores = json.loads(out.read_text())
+    assert (scores["protocol"], scores["split"], scores["frames"]) == ("empty", "val", FRAMES)
+    # Blank images have nothing to see.
+    assert 0 <= scores["divider"] < 40
+    assert set(scores["breakdown"]) == {"night rain", "0-10 m", "10-20 m", "20-40 m"}
+
+
+def test_help_names_the_protocols(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"{name} " in shown for name in PROTOCOLS)
+
+
+def test_a_reader_who_goes_away_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poses = [[float(x), 0.0, 0.0] for x in range(5)]
+    drive = {"scene": "scene-0001", "location": BOSTON, "rate_hz": 2, "poses_xyyaw": poses}
+    (tmp_path / "drives.json").write_text(json.dumps([drive]))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        assert main(["overlap", str(tmp_path / "drives.json")]) == 1
+        monkeypatch.undo()
+    assert "Traceback" not in capsys.readouterr().err
