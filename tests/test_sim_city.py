@@ -231,3 +231,7 @@ def test_trajectory_files_that_do_not_work(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('[{"location": "x"}]')
     with pytest.raises(NmpError, match="is not a list of scenes"):
         load_trajectories(tmp_path / "bad.json")
+    scene = {"location": BOSTON, "rate_hz": 2, "date": "2018-02-31", "poses_xyyaw": [[0, 0, 0], [1, 0, 0]]}
+    (tmp_path / "bad.json").write_text(json.dumps([scene]))
+    with pytest.raises(NmpError, match="'2018-02-31' is not a date"):
+        load_trajectories(tmp_path / "bad.json")

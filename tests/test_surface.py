@@ -10,7 +10,7 @@ from shapely.geometry import LineString, Polygon, box
 from nmp.citymap import CityMap, IndexedGeometries
 from nmp.errors import NmpError
 from nmp_train.sim.clutter import Clutter
-from nmp_train.sim.surface import Surface, paint_surface
+from nmp_train.sim.surface import Surface, city_bounds, paint_surface
 
 GEOGRAPHY = Path(__file__).resolve().parents[1] / ".." / "shared" / "real" / "geography"
 BOUNDS = (0.0, 0.0, 96.0, 64.0)
@@ -174,6 +174,8 @@ def test_bad_input_is_named() -> None:
         paint_surface(_city(), BOUNDS, 1, difficulty=-1)
     with pytest.raises(NmpError, match="bounds"):
         paint_surface(_city(), (5, 5, 5, 9), 1)
+    with pytest.raises(NmpError, match="has no roads"):
+        city_bounds(_city(road_segments=[]))
 
 
 @pytest.mark.skipif(not GEOGRAPHY.is_dir(), reason="needs the real geography")

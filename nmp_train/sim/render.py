@@ -367,7 +367,9 @@ def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
     rag: Callable[..., Tensor] = _compiled(_gaps) if compiled else _gaps
     gaps = rag(scene.rays, u, v, patterns(u.device))
     met = nearest(scene.rays, scene.eyes, u, v, gaps, solids.centre, solids.size, solids.yaw, solids.kind, True, True)
-    return scene.joined(radiance(met, *_arguments(scene, slice(None), solids, u, v), len(v), *[True] * 5))
+    return scene.joined(
+        radiance(met, *_arguments(scene, slice(None), solids, u, v), len(v), (0, len(v), 0, len(u)), *[True] * 5)
+    )
 
 
 def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
@@ -400,15 +402,32 @@ def _strip_by_strip(scene: _Scene, pool: ThreadPoolExecutor) -> Tensor:
         round_ones = bool(is_round(solids.kind).any())
         gaps = _gaps(scene.rays[one], u, v[rows], patterns(u.device)) if round_ones else u.new_zeros(1, 1, 1)
         met = _nearest(scene.rays[one], scene.eyes[one], u, v[rows], gaps, *shapes, round_ones, mirror)
-        hit = solids.kind[0][met[3][met[2] < FAR_M]].bincount(minlength=BUILDING + 1).tolist()
+        solid = met[2] < FAR_M
+        hit = solids.kind[0][met[3][solid]].bincount(minlength=BUILDING + 1).tolist()
+        solid_part = (*_extent(solid.any(dim=2)), *_extent(solid.any(dim=1)))
         if not (any(hit) or mirror or night[sample]):
             solids = Solids(**{f.name: getattr(solids, f.name)[:, :0] for f in fields(Solids)})
         arguments = _arguments(scene, one, solids, u, v[rows])
         shown = (hit[BUILDING] > 0, hit[BODY] + hit[CABIN] > 0)
-        return radiance(met, *arguments, sky_rows[p] - rows.start, part == 1, mirror, night[sample], *shown)
+        return radiance(
+            met,
+            *arguments,
+            min(sky_rows[p], rows.stop) - rows.start,
+            solid_part,
+            part == 1,
+            mirror,
+            night[sample],
+            *shown,
+        )
 
     jobs = [lambda p=p: torch.cat([trace(part, p) for part in (0, 1)], dim=2) for p in range(len(samples))]
     return scene.joined(torch.cat(_run(pool, jobs)))
+
+
+def _extent(hit: Tensor) -> tuple[int, int]:
+    """Return the first index and the end of what is true in [1, n]."""
+    where = hit[0].nonzero()[:, 0]
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 1)
 
 
 def _arguments(scene: _Scene, which: slice, solids: Solids, u: Tensor, v: Tensor) -> list[Any]:
@@ -630,6 +649,7 @@ def _radiance(
     phase: Tensor,
     pixel: float,
     sky_rows: int,
+    solid_part: tuple[int, int, int, int],
     with_ground: bool,
     with_mirror: bool,
     with_lamps: bool,
@@ -639,8 +659,9 @@ def _radiance(
     """Shade what the rays of P strips meet: radiance [P, 3, len(v), len(u)].
 
     Arguments are those of the scene per strip, [P, ...], but for ``maps`` and ``lamp_map`` [B, C, side, side] and
-    the shared ``texels``, ``pattern``, ``u`` and ``v``. Rows from ``sky_rows`` on see no sky. The flags leave out what
-    no ray of these strips needs: the ground, its mirror images when it is wet, light at night, the details of
+    the shared ``texels``, ``pattern``, ``u`` and ``v``. Rows from ``sky_rows`` on see no sky, and only pixels inside
+    ``solid_part`` (first row, end of rows, first column, end of columns) see solids. The flags leave out what no ray of
+    these strips needs: the ground, its mirror images when it is wet, light at night, the details of
     buildings and of vehicles.
     """
     start, matrix, depth_solid, which, mirrored, which_mirror = met
@@ -691,9 +712,8 @@ def _radiance(
     blue = 1 - (1 - deep) * (above * 2.2).clamp(max=1)[:, None]
     bright = each(0.75 + 0.5 * clouds) + 0.35 * (cloud - 0.5) * each(clouds)
     sky = horizon * (blue + (bright[:, None] - blue) * cover)
-    ways = (way[:, high] for way in (dx, dy, dz))
-    shapes = (leaves[:, high], puddles[:, high])
-    sky = _before_skyline(sky, horizon, *ways, each(phase[:, 0]), *shapes, each(haze), each(headlights))
+    ways, shapes = torch.stack([dx, dy, dz])[:, :, high], (leaves[:, high], puddles[:, high])
+    sky = _before_skyline(sky, horizon, ways, each(phase[:, 0]), *shapes, each(haze), each(headlights))
     sky = functional.pad(sky, (0, 0, 0, shape[1] - sky_rows))
 
     # light at the place that the ray meets; solids take that of the ground before them
@@ -703,13 +723,14 @@ def _radiance(
     gaps = torch.where(solid, 0.3, ((leaves - 0.62) * 5).clamp(0, 1))
     direct = direct * (1 - crown * (1 - 0.8 * gaps))
     if any_solid:
-        base, lambert, facing_up, shining = _shade(
-            which,
-            depth_solid,
+        top, bottom, left, right = solid_part
+        shaded = _shade(
+            which[:, top:bottom, left:right],
+            depth_solid[:, top:bottom, left:right],
             start,
             matrix,
-            u,
-            v,
+            u[left:right],
+            v[top:bottom],
             half,
             kind,
             rgb,
@@ -722,6 +743,8 @@ def _radiance(
             with_facades,
             with_vehicles,
         )
+        around = (left, len(u) - right, top, len(v) - bottom)
+        base, lambert, facing_up, shining = (functional.pad(value, around) for value in shaded)
         direct = torch.where(solid, direct + (1 - direct) * (pz * 0.25).clamp(0, 1), direct)
         falls = torch.where(solid, lambert, each(sun[:, 2])) if with_ground else lambert
         # walls see half the sky, and the ground darkens what is close to it
@@ -775,9 +798,7 @@ def _radiance(
 def _before_skyline(
     sky: Tensor,
     horizon: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    dz: Tensor,
+    way: Tensor,
     phase: Tensor,
     leaves: Tensor,
     puddles: Tensor,
@@ -787,10 +808,11 @@ def _before_skyline(
     """Put trees and buildings, farther away than any solid, before the sky [P, 3, h, w]: no horizon of a city is free.
 
     :param horizon: [P, 3, 1, 1] radiance of the sky near the horizon
-    :param dx: [P, h, w] way of the rays, ``dy`` and ``dz`` likewise
+    :param way: [3, P, h, w] of the rays
     :param phase: [P, 1, 1] turns all of it; ``haze`` and ``headlights`` likewise, see ``Weather``
     :param leaves: [P, h, w] of :func:`patterns`, ``puddles`` likewise
     """
+    dx, dy, dz = way.unbind(0)
     rise = dz / (dx * dx + dy * dy).sqrt()
     turn = (torch.atan2(dy, dx) * (0.5 / math.pi) + phase + 1.0) % 1.0 * SKYLINE_HOUSES
     house = turn.floor()

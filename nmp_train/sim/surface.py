@@ -131,7 +131,7 @@ class _Plan:
         self.clutter, self.noise = clutter, Noise(seed)
         rng = np.random.default_rng((seed, 21))
         # Whatever reaches into the window is drawn whole, from geometries that are not cut.
-        self.asphalt = rng.uniform(0.19, 0.36) * np.array([1.0, 1.0, 1.03])
+        self.asphalt = rng.uniform(0.16, 0.3) * np.array([1.0, 1.0, 1.03])
         side, marks, region = _roadside(city), Marks(self.asphalt), whole.region(MARGIN_M)
         axes = side.axes_near(region)
         edges = mark_kerbs(marks, city, side, region, clutter, seed)

@@ -54,7 +54,7 @@ class Weather:
     tint: Tensor
     """[B, 6, 3] white balance of each camera"""
     noise: Tensor
-    """[B] noise of the sensor: standard deviation at radiance 1 in images of 1600 pixels of width, less in smaller ones"""
+    """[B] noise of the sensor: standard deviation at radiance 1 in images 1600 pixels wide, less in smaller ones"""
     blur: Tensor
     """[B, 6, 2] standard deviation of the blur along rows and columns, fractions of the image's width"""
     vignette: Tensor
@@ -144,16 +144,16 @@ class Weather:
         ambient = torch.where(overcast, uniform(0.45, 0.85), uniform(0.22, 0.42))
         sodium = (uniform(0, 1) < 0.6)[:, None]
         haze = torch.where(misty, uniform(0.006, 0.015), uniform(0.0, 0.004))
-        haze = torch.where(rain, uniform(0.002, 0.009), haze)
+        haze = torch.where(rain, uniform(0.002, 0.011), haze)
         lamp_rgb = torch.where(sodium, torch.tensor([1.0, 0.70, 0.38]), torch.tensor([1.0, 0.95, 0.86]))
         zero = torch.zeros(count)
         # The cameras meter the light themselves, never quite alike, and some pictures come out too dark or too bright.
         extreme = uniform(0, 1)
         gain = torch.where(extreme < 0.07, 0.5, torch.where(extreme > 0.93, 1.8, 1.0)) * normal(0.18).exp()
-        gain = gain * torch.where(night, 0.8, 1.0)
+        gain = gain * torch.where(night, 0.75, 1.0)
         speed = uniform(0, 1)  # nobody knows how fast the car is: motion blur is drawn
         smear = torch.where(night, 0.0022, 0.0006) * speed
-        focus = uniform(0.0002, 0.0010) * torch.where(rain, 1.3, 1.0)
+        focus = uniform(0.0003, 0.0011) * torch.where(rain, 1.3, 1.0)
         sideways = torch.tensor([0.5, 1.0, 1.0, 0.5, 1.0, 1.0])  # the road rushes past the cameras at the sides
         blur = torch.stack(
             [
@@ -170,7 +170,7 @@ class Weather:
             sky_rgb=torch.where(night[:, None], glow, torch.where(overcast[:, None], grey, cold)),
             clouds=torch.where(overcast, torch.ones(count), cover),
             haze=haze,
-            spray=torch.where(rain, uniform(0.0, 0.007), zero),
+            spray=torch.where(rain, uniform(0.0, 0.009), zero),
             wet=torch.where(rain, uniform(0.45, 1.0), zero),
             headlights=night.float(),
             street=torch.where(night, uniform(0.1, 0.45), zero),
@@ -179,7 +179,7 @@ class Weather:
             exposure=gain[:, None] * normal(0.10, CAMERAS).exp(),
             metering=torch.where(night, 0.62, 0.75),
             tint=(normal(0.03, 1, 3) + normal(0.012, CAMERAS, 3)).exp() * torch.tensor([1.0, 1.015, 0.995]),
-            noise=torch.where(night, uniform(0.05, 0.11), uniform(0.012, 0.04)),
+            noise=torch.where(night, uniform(0.05, 0.11), uniform(0.009, 0.032)),
             blur=blur,
             vignette=uniform(0.0, 0.3),
             saturation=torch.where(rain, uniform(0.45, 0.8), uniform(0.55, 0.95)) * torch.where(night, 0.6, 1.0),
