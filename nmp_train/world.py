@@ -12,10 +12,12 @@ from scipy.spatial import cKDTree
 
 from nmp.citymap import CityMap
 from nmp.frame import LOCATIONS
+from nmp_train.sim.boxes import Boxes
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.drive import Trajectory, sample_routes
+from nmp_train.sim.scenery import make_scenery
 from nmp_train.sim.surface import Surface, city_bounds, paint_surface
-from nmp_train.sim.traffic import Boxes, Traffic, make_scenery, make_traffic
+from nmp_train.sim.traffic import Traffic, make_traffic
 
 
 @dataclass

@@ -81,10 +81,10 @@ def test_segments_join_without_hairlines(boston: dict[str, Any]) -> None:
 
 
 def test_statistics_are_those_of_a_real_city() -> None:
-    layers = CityMap.from_tables(generate_city(2, BOSTON, 600.0), BOSTON)
+    layers = CityMap.from_tables(generate_city(2, BOSTON, 450.0), BOSTON)
     surface = shapely.union_all(list(layers.road_segments.geometries))
     kerb_km = surface.boundary.length / 2000
-    assert 0.08 < surface.area / 600**2 < 0.25
+    assert 0.08 < surface.area / 450**2 < 0.25
     assert 6 < len(layers.crossings.geometries) / kerb_km < 18
     dividers = [*layers.road_dividers.geometries, *layers.lane_dividers.geometries]
     assert 0.5 < sum(line.length for line in dividers) / 1000 / kerb_km < 2.0

@@ -226,9 +226,8 @@ class _Draft:
         for segment in cut_segments(self.total, self.streets, self.junctions):
             token = b.polygon(segment.shape)
             b.add("road_segment", polygon_token=token, is_intersection=segment.intersection, drivable_area_token=area)
-        self.crossing_tokens = [
-            b.add("ped_crossing", polygon_token=b.polygon(c), road_segment_token="") for c in self.crossings
-        ]
+        for crossing in self.crossings:
+            b.add("ped_crossing", polygon_token=b.polygon(crossing), road_segment_token="")
 
     def _pieces(self, lane: Lane, street: Street) -> list[tuple[float, float]]:
         """The intervals of a lane between its interruptions."""

@@ -36,13 +36,16 @@ class Window:
     cols: int
     rows: int
     resolution: float
+    """edge of a texel, m"""
 
     def grown(self, texels: int) -> Window:
+        """Return the window with a margin of this many texels around it."""
         return Window(
             self.col - texels, self.row - texels, self.cols + 2 * texels, self.rows + 2 * texels, self.resolution
         )
 
     def region(self, margin_m: float = 0.0) -> BaseGeometry:
+        """Return the rectangle of the window and a margin around it (map frame, m)."""
         r, m = self.resolution, margin_m
         return box(self.col * r - m, self.row * r - m, (self.col + self.cols) * r + m, (self.row + self.rows) * r + m)
 
@@ -63,12 +66,13 @@ class Noise:
         self.shift = np.random.default_rng((seed, 20)).integers(0, TILE, 2).tolist()
 
     def tile(self, texture: NDArray[np.float16], window: Window) -> Image:
+        """Return the part [rows, cols] of a repeating texture that lies in a window."""
         rows = (np.arange(window.rows) + window.row + self.shift[0]) % TILE
         cols = (np.arange(window.cols) + window.col + self.shift[1]) % TILE
         return np.take(np.take(texture, rows, axis=0), cols, axis=1).astype(np.float32)
 
     def field(self, window: Window, cell_m: float, salt: int) -> Image:
-        """Return noise with features of ``cell_m`` m."""
+        """Return noise [rows, cols] with features of ``cell_m`` m; every ``salt`` gives another one."""
         r = window.resolution
         weights, first = [], []
         for start, count in ((window.row, window.rows), (window.col, window.cols)):
@@ -161,10 +165,6 @@ def paint_marks(rgb: Image, window: Window, marks: IndexedMarks, rough: Image, l
             target += alpha[..., None] * (paint - target)
 
 
-def _window(low: NDArray[np.int64], high: NDArray[np.int64], resolution: float) -> Window:
-    return Window(int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1]), resolution)
-
-
 def _block(
     ring: NDArray[np.float64], window: Window, soft: float
 ) -> tuple[NDArray[np.uint8], tuple[slice, slice]] | None:
@@ -178,7 +178,8 @@ def _block(
     if (stop <= start).any():
         return None
     # Drawn whole, also where it reaches out of the window: clipping would move its edges a little.
-    own = _window(low, high, r)
+    (col, row), (cols, rows) = low.tolist(), (high - low).tolist()
+    own = Window(col, row, cols, rows, r)
     if (high - low).max() * r > LARGE_M:
         mask = np.zeros((own.rows, own.cols), np.uint8)
         cv2.fillPoly(mask, [own.pixels(ring)], (255,), lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)

@@ -19,17 +19,15 @@ from scipy.ndimage import gaussian_filter1d
 from shapely.geometry import LineString
 from shapely.geometry.base import BaseGeometry
 
-from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, Boxes, ego_middle, nearest, rectangles_touch
+from nmp_train.sim.boxes import EGO_LENGTH_M, EGO_WIDTH_M, Boxes, ego_middle, rectangles_touch
 from nmp_train.sim.city import style_of
 from nmp_train.sim.drive import REAR_TO_FRONT_M, Trajectory
 from nmp_train.sim.flow import simulate
 from nmp_train.sim.lanes import RoadNetwork, roads_of
 from nmp_train.sim.paths import Path
-from nmp_train.sim.scenery import Kerb, kerb_lines, make_scenery, rectangles
+from nmp_train.sim.scenery import Kerb, kerb_lines, rectangles
 from nmp_train.sim.tracks import ego_path, graph_tracks, parallel_tracks
 from nmp_train.sim.vehicles import NUMBER, Fleet, build, draw, draw_people, draw_vehicles
-
-__all__ = ["Boxes", "RoadUsers", "Traffic", "make_scenery", "make_traffic", "nearest"]
 
 Array = NDArray[np.float64]
 STEP_S = 0.2
