@@ -19,11 +19,10 @@ from nmp.model.config import NetworkConfig
 from nmp.model.preprocess import network_intrinsics, unit_projection
 from nmp.truth import rasterize
 from nmp_train.sim.boxes import Boxes, nearest
-from nmp_train.sim.render import solids_from_boxes
+from nmp_train.sim.render import MAX_SOLIDS, solids_from_boxes
 from nmp_train.sim.rig import log_rig
 from nmp_train.world import World
 
-MAX_SOLIDS = 96
 SOLIDS_RADIUS_M = 120.0
 
 

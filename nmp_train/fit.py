@@ -28,10 +28,8 @@ from nmp_train.config import StageConfig, TrainConfig, WorldsConfig
 from nmp_train.data import Group, SimulatedGroups, collate
 from nmp_train.losses import layer_loss
 from nmp_train.sim.render import Ground, Solids, Weather, render
+from nmp_train.sim.weather import MIX, WORDS
 from nmp_train.world import World, make_world
-
-WEATHER_SHARES = {"day": 0.7, "rain": 0.2, "night": 0.1}
-"""about as in nuScenes"""
 
 
 @dataclass
@@ -110,9 +108,9 @@ class Simulator:
         return Batch(images, flat(group.pixel_from_base), group.pose.to(self.device), flat(group.truth), weather)
 
     def _draw_weather(self, count: int) -> list[str]:
-        shares = torch.tensor(list(WEATHER_SHARES.values()))
+        shares = torch.tensor(list(MIX.values()))
         drawn = torch.multinomial(shares, count, replacement=True, generator=self.cpu_generator)
-        return [list(WEATHER_SHARES)[i] for i in drawn.tolist()]
+        return [WORDS[i] for i in drawn.tolist()]
 
 
 def group_prior(

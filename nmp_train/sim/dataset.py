@@ -37,6 +37,7 @@ from nmp_train.sim.rig import (
     SAMPLE_STAMP_MS,
     log_rig,
     nuscenes_rig,
+    vehicle_of,
 )
 from nmp_train.sim.scenery import make_scenery
 from nmp_train.sim.tables import Tables
@@ -237,7 +238,7 @@ def _schedule(drives: Sequence[Drive]) -> list[_Scene]:
     out = []
     for k, drive in enumerate(drives):
         place, date = drive.trajectory.location, drive.trajectory.date
-        vehicle = drive.vehicle or ("n008" if place.startswith("boston") else "n015")
+        vehicle = drive.vehicle or vehicle_of(place)
         dark = "night" in drive.weather
         key = (place, date, vehicle, dark)
         if key not in clock:

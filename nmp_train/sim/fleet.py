@@ -17,6 +17,8 @@ from scipy.spatial import cKDTree
 from nmp.errors import NmpError
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.drive import Trajectory, drive_stretch, sample_stretch, stretch_lanes
+from nmp_train.sim.rig import vehicle_of
+from nmp_train.sim.weather import MIX
 
 Array = NDArray[np.float64]
 
@@ -29,8 +31,6 @@ CITIES = {
 """share of the scenes by location, about as in nuScenes"""
 PASSES = {1: 0.10, 2: 0.12, 3: 0.15, 4: 0.18, 5: 0.20, 6: 0.25}
 """how many streets are driven how often. Drives share a street only in part, so that less road is driven often."""
-WEATHER = {"day": 0.7, "rain": 0.2, "night": 0.1}
-"""share of the scenes, about as in nuScenes"""
 NIGHT_RAIN = 3
 """it rains in every third night"""
 OPPOSITE = 0.3
@@ -133,7 +133,7 @@ def plan_fleet(
     places = list(CITIES)[:cities]
     shares = np.array([CITIES[p] for p in places])
     counts = 1 + quota(shares, scenes - cities)
-    weather = np.repeat(list(WEATHER), quota(np.array(list(WEATHER.values())), scenes)).tolist()
+    weather = np.repeat(list(MIX), quota(np.array(list(MIX.values())), scenes)).tolist()
     nights = [k for k, word in enumerate(weather) if word == "night"]
     for k in nights[NIGHT_RAIN - 1 :: NIGHT_RAIN]:
         weather[k] = "night rain"
@@ -259,7 +259,7 @@ def _dated(rng: np.random.Generator, drives: Sequence[_Pass], weather: Sequence[
                 replace(drive.trajectory, date=date),
                 word,
                 round(float(rng.lognormal(0.0, 0.35)), 2),
-                "n008" if drive.trajectory.location.startswith("boston") else "n015",
+                vehicle_of(drive.trajectory.location),
                 drive.street,
                 drive.opposite,
             )

@@ -23,15 +23,15 @@ from nmp_train.sim.changes import draw_changes, removed_markings
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import SEEDS_PER_DRIVE, Drive, RenderCall, write_dataset
 from nmp_train.sim.drive import Trajectory, load_trajectories, sample_routes, second_pass
-from nmp_train.sim.fleet import WEATHER, FleetPlan, plan_fleet
+from nmp_train.sim.fleet import FleetPlan, plan_fleet
 from nmp_train.sim.localisation import LocalisationNoise
 from nmp_train.sim.overlap import format_overlaps, overlaps
-from nmp_train.sim.render import Ground, Weather, render, solids_from_boxes
+from nmp_train.sim.render import MAX_SOLIDS, Ground, Weather, render, solids_from_boxes
 from nmp_train.sim.surface import city_bounds, paint_surface
+from nmp_train.sim.weather import MIX
 
 log = logging.getLogger(__name__)
 
-MAX_SOLIDS = 96
 VIEW_M = 120.0
 """ground is painted this far around a drive"""
 BEYOND_M = 30.0
@@ -359,7 +359,7 @@ def _check_on_map(drive: Trajectory, city: CityMap) -> None:
 
 
 def _draw_weather(rng: np.random.Generator) -> str:
-    return str(rng.choice(list(WEATHER), p=list(WEATHER.values())))
+    return str(rng.choice(list(MIX), p=list(MIX.values())))
 
 
 def make_demo_dataset(out: Path, seed: int = DEMO_SEED) -> Path:

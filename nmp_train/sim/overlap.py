@@ -17,6 +17,7 @@ from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA
 from nmp_train.sim.drive import Trajectory, load_trajectories
 from nmp_train.sim.polyline import distances
+from nmp_train.sim.rig import KEYFRAME_PERIOD_S
 
 Array = NDArray[np.float64]
 
@@ -27,7 +28,6 @@ MATCH_M = 7.0
 MATCH_RAD = np.pi / 4
 """... and parallel, or opposite, to within this angle: a crossing street is another road"""
 NEAR_M = (5.0, 10.0, 15.0)
-KEYFRAME_PERIOD_S = 0.5
 MOST = 6
 
 

@@ -39,13 +39,15 @@ from nmp_train.sim.light import (
     shadow_scores,
     shadow_tiles,
 )
-from nmp_train.sim.meet import FAR_M, Met, gaps_between_leaves, nearest_solid, rotated, unhidden
+from nmp_train.sim.meet import FAR_M, gaps_between_leaves, nearest_solid, rotated, unhidden
 from nmp_train.sim.shade import HEIGHT_UNIT_M, shade_rays
 from nmp_train.sim.surface import Surface
 from nmp_train.sim.weather import CAMERAS, Weather
 
-__all__ = ["Ground", "Solids", "Weather", "render", "solids_from_boxes"]
+__all__ = ["MAX_SOLIDS", "Ground", "Solids", "Weather", "render", "solids_from_boxes"]
 
+MAX_SOLIDS = 96
+"""around one sample: data sets and training draw the ones that matter most"""
 STRIP = 88
 """widest strip that is traced together, pixels"""
 STRIP_ON_CPU = 176
@@ -163,7 +165,7 @@ def render(
             image = functional.avg_pool2d(image, s)
 
         def finish(part: slice, with_drops: bool = True, with_blur: bool = True) -> Tensor:
-            finisher: Callable[..., Tensor] = _compiled(expose) if compiled else expose
+            finisher = _fused(expose, compiled)
             names = ("exposure", "metering", "tint", "noise", "blur", "vignette", "saturation", "drops", "drops_at")
             each = [_per_camera(getattr(weather, name), n)[part] for name in names]
             return finisher(image[part], noise[part], atlas, *each, with_drops, with_blur)
@@ -253,14 +255,14 @@ class _Scene:
         ahead = functional.normalize(map_from_camera[:, 0, :2, 2], dim=-1)
         origin = ground.origin[city]
         place = torch.cat([(centre - origin[:, :2]).float(), origin[:, 2:].float(), ground.kerb[city][:, None]], dim=-1)
-        find: Callable[..., tuple[Tensor, ...]] = _compiled(find_lamps) if compiled else find_lamps
-        hide: Callable[..., Tensor] = _compiled(unhidden) if compiled else unhidden
+        find = _fused(find_lamps, compiled)
+        hide = _fused(unhidden, compiled)
         at, kind, power, beam_at, beam_way, beam_power = find(
             solids.centre, solids.size, solids.yaw, solids.rgb, solids.kind, middle, weather.street
         )
         shown = hide(kind, at, eye, solids.centre, solids.size, solids.yaw)
         dark = batched or bool(weather.headlights.any())
-        shine: Callable[..., Tensor] = _compiled(ground_light) if compiled else ground_light
+        shine = _fused(ground_light, compiled)
         lamp_map = shine(at, power, beam_at, beam_way, beam_power) if dark else at.new_zeros(b, 2, 1, 1)
         return cls(
             texels=ground.texels,
@@ -342,13 +344,13 @@ def _all_strips(scene: _Scene, compiled: bool) -> Tensor:
     """Trace all strips of all samples at once: [B, N, 3, H, W]."""
     u, v = scene.columns(), scene.rows()
     wet = scene.weather.wet[scene.sample] > 0
-    choose: Callable[..., tuple[Tensor, ...]] = _compiled(_most_seen) if compiled else _most_seen
+    choose = _fused(_most_seen, compiled)
     everything = [getattr(scene.solids, f.name) for f in fields(Solids)]
     solids = Solids(*choose(scene.rays, scene.eyes, _ends(u), _ends(v), scene.sample, wet, *everything))
     # Two kernels: Triton 3.6 fails to compile the search for the nearest solid fused with the ground.
-    nearest: Callable[..., Met] = _compiled(nearest_solid) if compiled else nearest_solid
-    radiance: Callable[..., Tensor] = _compiled(shade_rays) if compiled else shade_rays
-    rag: Callable[..., Tensor] = _compiled(gaps_between_leaves) if compiled else gaps_between_leaves
+    nearest = _fused(nearest_solid, compiled)
+    radiance = _fused(shade_rays, compiled)
+    rag = _fused(gaps_between_leaves, compiled)
     gaps = rag(scene.rays, u, v, patterns(u.device))
     met = nearest(scene.rays, scene.eyes, u, v, gaps, solids.centre, solids.size, solids.yaw, solids.kind, True, True)
     return scene.joined(
@@ -458,8 +460,8 @@ def _shadows(solids: Solids, sun: Tensor, batched: bool, compiled: bool) -> Tens
     x0, y0 = corner.repeat(SHADOW_TILES), corner.repeat_interleave(SHADOW_TILES)
     b, tiles = len(sun), SHADOW_TILES**2
     if batched:
-        choose: Callable[..., tuple[Tensor, ...]] = _compiled(_most_shading) if compiled else _most_shading
-        draw: Callable[..., Tensor] = _compiled(shadow_tiles) if compiled else shadow_tiles
+        choose = _fused(_most_shading, compiled)
+        draw = _fused(shadow_tiles, compiled)
         drawn = draw(x0.repeat(b), y0.repeat(b), *choose(solids.centre, solids.size, solids.yaw, solids.kind, sun))
         return join_tiles(drawn.unflatten(0, (b, tiles)))
     score = shadow_scores(solids.centre, solids.size, sun)
@@ -555,6 +557,10 @@ def _one_thread_each() -> Iterator[None]:
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
+
+
+def _fused(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _compiled(function) if compiled else function
 
 
 def solids_from_boxes(

@@ -122,6 +122,11 @@ def nuscenes_rig(vehicle: str = "n015") -> tuple[Camera, ...]:
     return tuple(_camera(name, *_RIGS[vehicle][name]) for name in CAMERAS)
 
 
+def vehicle_of(location: str) -> str:
+    """Return the car that drove in a city: n008 in Boston, n015 in Singapore."""
+    return "n008" if location.startswith("boston") else "n015"
+
+
 def log_rig(vehicle: str, seed: int) -> tuple[Camera, ...]:
     """Return the cameras of a nuScenes car as if it had been calibrated anew for one log.
 

@@ -14,7 +14,7 @@ from nmp.errors import NmpError
 CAMERAS = 6
 WORDS = ("day", "rain", "night")
 MIX = {"day": 0.7, "rain": 0.2, "night": 0.1}
-"""shares of a draw without words, about as in nuScenes"""
+"""shares of kinds of weather, in the order of ``WORDS``, about as in nuScenes"""
 
 
 @dataclass
