@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nmp.bags.nuscenes_to_bag import Shot, load_nuscenes, scene_shots
 from nmp.changelog import local_date
 from nmp.errors import NmpError
-from nmp.evaluation import CityMaps, write_json
+from nmp.evaluation import CityMaps, nan_as_null, write_json
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Camera, CameraShot, Frame
 from nmp.geometry import transform_from, yaw_of
 from nmp.metrics import Breakdown, format_table
@@ -74,7 +74,7 @@ def scene_frames(nusc: NuScenes, name: str) -> SceneFrames:
     """
     location, shots = scene_shots(nusc, name)
     frames = list(_frames(shots, location))
-    truth = {s.stamp_ns: _pose(s) for s in scene_shots(nusc, name, true_poses=True)[1] if s.camera == ANCHOR_CAMERA}
+    truth = {s.stamp_ns: _transform(s.true_pose or s.pose) for s in shots if s.camera == ANCHOR_CAMERA}
     description = next(s["description"] for s in nusc.scene if s["name"] == name)
     return SceneFrames(name, location, weather_of(description), frames, [truth[f.stamp_ns] for f in frames])
 
@@ -273,9 +273,5 @@ def run(args: argparse.Namespace) -> None:
     frames = {name: result.meters[name].frames for name in scores}
     print(format_table({f"{name} ({frames[name]})": row for name, row in scores.items()}))
     if args.json:
-        rows = {name: {**_finite(row), "frames": frames[name]} for name, row in scores.items()}
+        rows = {name: {**nan_as_null(row), "frames": frames[name]} for name, row in scores.items()}
         write_json(args.json, {"protocol": args.protocol, "split": args.split, **rows.pop("all"), "breakdown": rows})
-
-
-def _finite(row: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if np.isfinite(value) else None for name, value in row.items()}

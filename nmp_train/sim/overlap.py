@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from nmp.errors import NmpError
+from nmp.evaluation import nan_as_null, write_json
 from nmp.frame import ANCHOR_CAMERA
 from nmp_train.sim.drive import Trajectory, load_trajectories
 from nmp_train.sim.polyline import distances
@@ -296,17 +297,5 @@ def compare(paths: Sequence[Path], version: str | None = None, out: Path | None 
         tables[name] = overlaps(read_drives(path, version if path.is_dir() else None))
     if out is not None:
         content = {n: {p: asdict(o) for p, o in table.items()} for n, table in tables.items()}
-        try:
-            # NaN is not JSON: what could not be counted is null.
-            out.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
-        except OSError as error:
-            raise NmpError(f"cannot write {out}: {error.strerror}") from error
+        write_json(out, nan_as_null(content))
     return format_overlaps(tables)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and np.isnan(value) else value

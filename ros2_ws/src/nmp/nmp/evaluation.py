@@ -120,6 +120,15 @@ class TruePoses:
         return transform_from(np.array(translation), np.array([x, y, z, w]))
 
 
+def nan_as_null(value: Any) -> Any:
+    """Return a value for JSON, which knows no NaN: numbers that are not finite, however deep, become None."""
+    if isinstance(value, dict):
+        return {key: nan_as_null(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [nan_as_null(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How well one system did over one set of layers."""
@@ -130,8 +139,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, float | int | None]:
         """Return plain JSON values; a score that is not defined becomes null."""
-        scores = {name: value if math.isfinite(value) else None for name, value in self.scores.items()}
-        return {**scores, "frames": self.frames}
+        return {**nan_as_null(self.scores), "frames": self.frames}
 
 
 def evaluate(layers: Path, maps: CityMaps) -> Evaluation:

@@ -62,6 +62,8 @@ class Shot:
     """translation and rotation [x, y, z, w]: base_link to map"""
     covariance: Array | None = None
     """[36] of ``pose`` as in nav_msgs/Odometry, where the tables tell it"""
+    true_pose: tuple[list[float], list[float]] | None = None
+    """like ``pose``, where that is only what the car believed"""
 
 
 def load_nuscenes(dataroot: Path, version: str) -> NuScenes:
@@ -153,7 +155,7 @@ def scene_shots(
 
 def _shot(nusc: NuScenes, record: dict[str, Any], estimate: dict[str, Any] | None) -> Shot:
     calibration = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
-    ego = estimate or nusc.get("ego_pose", record["ego_pose_token"])
+    truth = _xyz_xyzw(nusc.get("ego_pose", record["ego_pose_token"]))
     return Shot(
         camera=record["channel"].lower(),
         stamp_ns=int(record["timestamp"]) * NS,
@@ -162,8 +164,9 @@ def _shot(nusc: NuScenes, record: dict[str, Any], estimate: dict[str, Any] | Non
         height=int(record["height"]),
         intrinsics=np.asarray(calibration["camera_intrinsic"], dtype=np.float64),
         extrinsics=_xyz_xyzw(calibration),
-        pose=_xyz_xyzw(ego),
+        pose=truth if estimate is None else _xyz_xyzw(estimate),
         covariance=None if estimate is None else np.asarray(estimate["covariance"], dtype=np.float64),
+        true_pose=None if estimate is None else truth,
     )
 
 
