@@ -94,7 +94,7 @@ class Simulator:
         weather = self._draw_weather(f)
         images = render(
             self.ground,
-            (group.city + first_city).to(self.device).repeat_interleave(t),
+            group.city.to(self.device, non_blocking=True).repeat_interleave(t) + first_city,
             flat(group.centre),
             flat(group.intrinsics),
             flat(group.map_from_camera),
@@ -105,7 +105,7 @@ class Simulator:
             generator=self.generator,
             compiled=self.device.type == "cuda",
         )
-        return Batch(images, flat(group.pixel_from_base), group.pose.to(self.device), flat(group.truth), weather)
+        return Batch(images, flat(group.pixel_from_base), group.pose.to(self.device, non_blocking=True), flat(group.truth), weather)
 
     def _draw_weather(self, count: int) -> list[str]:
         shares = torch.tensor(list(MIX.values()))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from nmp_train.sim.boxes import BODY, CROWN, LAMP_POLE, PEDESTRIAN
 
 SHADOW_SIDE, SHADOW_CELL_M = 240, 0.4
-SHADOW_TILES = 6
+SHADOW_TILES = 8
 """the map of shadows is drawn in tiles, each against the solids that can darken it"""
 SHADOW_REACH = 6.5
 """shadows are drawn up to this many times as long as things are tall"""

@@ -48,12 +48,13 @@ __all__ = ["MAX_SOLIDS", "Ground", "Solids", "Weather", "render", "solids_from_b
 
 MAX_SOLIDS = 96
 """around one sample: data sets and training draw the ones that matter most"""
-STRIP = 88
+STRIP = 44
 """widest strip that is traced together, pixels"""
 STRIP_ON_CPU = 176
 """wider, because each operation on a CPU costs its call"""
-SOLIDS_PER_STRIP, SOLIDS_PER_SHADOW_TILE = 24, 24
-"""solids that a strip or a tile of the shadow map is tested against on a GPU: those that look biggest"""
+SOLIDS_PER_STRIP, SOLIDS_PER_SHADOW_TILE = 16, 16
+"""solids that a strip or a tile of the shadow map is tested against on a GPU: those that look biggest. A compiled
+search works in blocks of a power of two: 17 would cost as much as 32."""
 KERB_M = 0.15
 """height of kerbs where the ground has none"""
 

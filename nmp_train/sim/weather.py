@@ -188,4 +188,10 @@ class Weather:
         )
 
     def to(self, device: torch.device | str) -> Weather:
-        return Weather(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """Return it on a device; a copy to a GPU does not wait for what the GPU is doing."""
+        pin = torch.device(device).type == "cuda"
+
+        def moved(value: Tensor) -> Tensor:
+            return (value.pin_memory() if pin else value).to(device, non_blocking=True)
+
+        return Weather(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
