@@ -25,7 +25,7 @@ CONFIG = NetworkConfig(
 def _write_weights(path: Path, seed: int, config: NetworkConfig = CONFIG) -> Path:
     torch.manual_seed(seed)
     network = BEVNetwork(config)
-    torch.nn.init.normal_(network.decoder.prior_out.weight, std=0.1)  # an open door for the prior
+    torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.1)  # an open door for the prior
     save_network(network, path, {})
     return path
 

@@ -1,7 +1,6 @@
 """The network: projection, lifting, the closed door of an empty prior, map-aligned fusion, weights on disk."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 import torch
 
 from nmp.errors import NmpError
-from nmp.geometry import BevGrid, transform_from, transform_from_xyyaw
-from nmp.model import BEVNetwork, NetworkConfig, fusion, load_network, save_network
+from nmp.geometry import BevGrid, transform_from
+from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.model.preprocess import network_intrinsics, unit_projection
 from nmp.model.resnet import ResNet
 from nmp.model.view import GroundLift
@@ -74,49 +73,6 @@ def test_lift_looks_up_the_ground_point() -> None:
     assert out[-1, row, col] == 1 and out[-1, row, 20] == 0  # nothing is seen behind the car
     absent = lift(features, torch.from_numpy(projection).float()[None, None], torch.zeros(1, 1))[0]
     assert absent[:2].abs().max() == 0
-
-
-def test_an_empty_prior_changes_nothing(network: BEVNetwork) -> None:
-    bev = torch.randn(1, 16, *SMALL.feature_grid.shape)
-    torch.nn.init.normal_(network.decoder.prior_out.weight)
-    empty = torch.zeros(1, 4, *SMALL.feature_grid.shape), torch.zeros(1, 1, *SMALL.feature_grid.shape)
-    with torch.inference_mode():
-        np.testing.assert_array_equal(network.decode(bev).numpy(), network.decode(bev, *empty).numpy())
-        known = network.decode(bev, torch.ones_like(empty[0]), torch.ones_like(empty[1]))
-        assert (known - network.decode(bev)).abs().max() > 0
-
-
-@pytest.mark.parametrize("yaw", [0.0, 0.7, math.pi / 4, -2.5])
-def test_turning_onto_the_map_and_back_keeps_smooth_values(yaw: float) -> None:
-    grid = BevGrid(resolution=0.3)
-    x, y = torch.as_tensor(grid.centres(), dtype=torch.float32).unbind(-1)
-    values = torch.stack([torch.sin(x / 5) + torch.cos(y / 4), torch.ones_like(x)])[None]
-    pose = torch.tensor([[33.3, 35.1, yaw]])
-    origin = torch.zeros(1, 2)
-    window = fusion.ego_to_map(values, pose, grid, origin, 0.3, 232, 232)
-    back = fusion.map_to_ego(window, pose, grid, origin, 0.3)
-    inner = (slice(None), slice(None), slice(4, -4), slice(4, -4))
-    assert (back - values)[inner].abs().max() < 0.02
-    # the value lands in the right cell of the map
-    place = transform_from_xyyaw(33.3, 35.1, yaw) @ [10.0, -4.0, 0, 1]
-    row, col = int(place[1] / 0.3), int(place[0] / 0.3)
-    expected = math.sin(10 / 5) + math.cos(-4 / 4)
-    assert float(window[0, 0, row, col]) == pytest.approx(expected, abs=0.08)
-
-
-def test_the_order_of_updates_does_not_matter() -> None:
-    torch.manual_seed(1)
-    observations = [(torch.rand(1, 4, 6, 6), torch.rand(1, 1, 6, 6)) for _ in range(4)]
-
-    def run(order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, evidence = torch.zeros(1, 4, 6, 6), torch.zeros(1, 1, 6, 6)
-        for i in order:
-            value, weight = observations[i]
-            latent, evidence = fusion.update(latent, evidence, value * weight, weight, cap=16.0)
-        return latent, evidence
-
-    first, second = run([0, 1, 2, 3]), run([3, 1, 0, 2])
-    torch.testing.assert_close(first, second)
 
 
 def test_weights_round_trip(network: BEVNetwork, tmp_path: Path) -> None:

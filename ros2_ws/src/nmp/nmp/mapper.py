@@ -58,7 +58,7 @@ class OnlineMapper:
         self.prior_dir = Path(prior_dir) if prior_dir is not None else default_prior_dir()
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
-        self._spec = PriorSpec(self.config.prior_channels, self.config.prior_cell, self.fingerprint)
+        self._spec = PriorSpec(self.network.state_channels, self.config.prior_cell, self.fingerprint)
         self.prior_error = ""
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
         self._cities: dict[str, CityPrior] = {}
@@ -79,9 +79,8 @@ class OnlineMapper:
         cameras = len(CAMERAS)
         images = torch.zeros(1, cameras, 3, height, width, dtype=torch.uint8)
         bev = self.network.encode(images, torch.zeros(1, cameras, 3, 4), torch.ones(1, cameras))
-        nothing = torch.zeros(1, self.config.prior_channels + 1, *self.config.feature_grid.shape)
-        self.network.decode(bev, nothing[:, :-1], nothing[:, -1:])
-        self.network.observe(bev)
+        memory = fusion.Memory.empty(1, self.network.state_channels, self._side, self._side)
+        self.network.step(bev, memory, torch.zeros(1, 3), torch.zeros(1, 2))
 
     @property
     def grid(self) -> BevGrid:
@@ -107,7 +106,7 @@ class OnlineMapper:
         images, pixel_from_base, present = network_input(frame, self.config)
         bev = self.network.encode(images, pixel_from_base, present)
         if not self.use_prior:
-            logits = self.network.decode(bev)
+            logits = self.network.decode(bev).logits
             return self._local_map(frame, logits, np.ones(self.grid.shape, np.float32))
 
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
@@ -115,46 +114,38 @@ class OnlineMapper:
         window = Window.around(x, y, cell, self._side, self._side)
         city = self.city(frame.location)
         latent_q, evidence_q = city.read(window)
-        latent = torch.from_numpy(latent_q).float()[None] / fusion.LATENT_SCALE
-        evidence = torch.from_numpy(evidence_q.astype(np.float32))[None, None] / fusion.EVIDENCE_SCALE
-
+        memory = fusion.Memory(
+            torch.from_numpy(latent_q).float()[None] / fusion.LATENT_SCALE,
+            torch.from_numpy(evidence_q.astype(np.float32))[None, None] / fusion.EVIDENCE_SCALE,
+        )
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
         origin = torch.zeros(1, 2)
-        feature_grid = self.config.feature_grid
-        ego = fusion.map_to_ego(torch.cat([latent * evidence, evidence], dim=1), pose, feature_grid, origin, cell)
-        ego_evidence = ego[:, -1:]
-        ego_latent = ego[:, :-1] / ego_evidence.clamp(min=1e-6)
-        logits = self.network.decode(bev, ego_latent, ego_evidence)
-        if not torch.isfinite(logits).all():
+        output, memory = self.network.step(bev, memory, pose, origin)
+        if not torch.isfinite(output.logits).all():
             raise NmpError(
                 "the network's output is not finite: the weights or the images are damaged; nothing was stored"
             )
-
-        seen, weight = self.network.observe(bev)
-        turned = fusion.ego_to_map(
-            torch.cat([seen, weight], dim=1), pose, feature_grid, origin, cell, self._side, self._side
-        )
-        new_latent, new_evidence = fusion.update(
-            latent, evidence, turned[:, :-1], turned[:, -1:], self.config.evidence_cap
-        )
+        if output.alignment is not None:
+            pose = fusion.moved(pose, output.alignment.offset)
+        region = torch.ones(1, 1, *self.config.feature_grid.shape)
+        seen = fusion.ego_to_map(region, pose, self.config.feature_grid, origin, cell, self._side, self._side)
         try:
             city.write(
                 window,
-                _quantize(new_latent[0], fusion.LATENT_SCALE, -127, 127).astype(np.int8),
-                _quantize(new_evidence[0, 0], fusion.EVIDENCE_SCALE, 0, 65535).astype(np.uint16),
+                _quantize(memory.latent[0], fusion.LATENT_SCALE, -127, 127).astype(np.int8),
+                _quantize(memory.evidence[0, 0], fusion.EVIDENCE_SCALE, 0, 65535).astype(np.uint16),
                 frame.stamp_ns,
-                changed=(turned[0, -1] > 0).numpy(),
+                changed=(seen[0, 0] > 0).numpy(),
             )
             self.prior_error = ""
         except NmpError as error:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
             self.prior_error = str(error)
             log.error("%s", error)
-        # Everything inside the region is observed now, so every published cell has evidence.
-        known = ego_evidence[0, 0] + weight[0, 0]
+        known = fusion.map_to_ego(memory.evidence, pose, self.config.feature_grid, origin, cell)[0, 0]
         step = round(self.config.feature_resolution / self.config.layer_resolution)
-        return self._local_map(frame, logits, known.numpy().repeat(step, axis=0).repeat(step, axis=1))
+        return self._local_map(frame, output.logits, known.numpy().repeat(step, axis=0).repeat(step, axis=1))
 
     def _local_map(self, frame: Frame, logits: Tensor, evidence: NDArray[np.float32]) -> LocalMap:
         return LocalMap(

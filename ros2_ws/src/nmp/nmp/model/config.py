@@ -23,6 +23,16 @@ class NetworkConfig:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     """normalisation of RGB in 0..255, as torchvision's checkpoints expect"""
+    view: str = "ground"
+    """from images to the BEV: ground, bevformer, lift_splat or hdmapnet"""
+    view_layers: int = 6
+    """bevformer: attention layers"""
+    view_heads: int = 8
+    """bevformer: heads of each layer"""
+    view_points: int = 4
+    """bevformer: sampling points of each head at each height"""
+    depth_bins: int = 60
+    """lift_splat: depths that every pixel is spread over"""
     neck_channels: int = 48
     bev_channels: int = 64
     bev_length: float = 60.0
@@ -37,6 +47,18 @@ class NetworkConfig:
     """cell of the city prior, m"""
     evidence_cap: float = 16.0
     """most evidence that a prior cell holds: bounds how long a changed street is remembered wrong"""
+    fusion: str = "evidence"
+    """how the prior is used and updated: evidence (map-aligned weighted mean) or paper (Xiong et al., CVPR 2023)"""
+    align: bool = False
+    """evidence: find the small shift and turn between what is seen and what is stored, and correct the pose by it"""
+    prior_attention: bool = True
+    """paper: current-to-prior cross-attention"""
+    prior_gru: bool = True
+    """paper: convolutional GRU; otherwise a moving average"""
+    prior_position: bool = True
+    """paper: learned position embeddings"""
+    vector_heads: bool = False
+    """also predict instance embeddings and directions, as HDMapNet does"""
 
     @property
     def feature_grid(self) -> BevGrid:

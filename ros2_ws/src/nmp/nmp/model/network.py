@@ -1,12 +1,15 @@
-"""The network: encode images, observe what to remember, decode layers with or without the prior."""
+"""The network: images to BEV features, the prior read and written, features to layers."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.frame import CLASSES
+from nmp.model import fusion
 from nmp.model.blocks import Residual, conv_bn_relu
 from nmp.model.config import NetworkConfig
 from nmp.model.neck import FeaturePyramid
@@ -41,32 +44,31 @@ class BevEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """BEV features and prior latents to class logits at twice the resolution.
+    """BEV features to class logits at twice the resolution."""
 
-    The prior enters through a path that starts at zero and is closed where there is no evidence, so that an
-    empty prior gives exactly the layers of the network without one.
-    """
-
-    def __init__(self, channels: int, prior_channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.prior_in = nn.Conv2d(prior_channels + 1, channels, 1)
-        self.prior_mix = Residual(channels)
-        self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
-        nn.init.zeros_(self.prior_out.weight)
-        assert self.prior_out.bias is not None
-        nn.init.zeros_(self.prior_out.bias)
         self.mix = nn.Sequential(Residual(channels), Residual(channels))
         self.up = nn.Sequential(nn.Conv2d(channels, 64, 3, 1, 1), nn.PixelShuffle(2), nn.ReLU(inplace=True))
         self.out = nn.Conv2d(16, classes, 3, 1, 1)
 
-    def forward(self, bev: Tensor, latent: Tensor | None, evidence: Tensor | None) -> Tensor:
-        x = bev
-        if latent is not None and evidence is not None:
-            trust = evidence / (evidence + 1)
-            prior = torch.relu(self.prior_in(torch.cat([latent * trust, trust], dim=1)))
-            x = x + trust * self.prior_out(self.prior_mix(prior))
-        out: Tensor = self.out(self.up(self.mix(x)))
-        return out
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [B, classes, 2 rows, 2 cols] and the features [B, 16, 2 rows, 2 cols] that they are made of."""
+        fine = self.up(self.mix(features))
+        return self.out(fine), fine
+
+
+class Output(NamedTuple):
+    """What a network says about B frames, at twice the resolution of the BEV features; row 0 is the right edge."""
+
+    logits: Tensor
+    """[B, 3, 2 rows, 2 cols] of the classes"""
+    embedding: Tensor | None = None
+    """[B, 16, 2 rows, 2 cols] near each other for pixels of one element, with ``vector_heads``"""
+    direction: Tensor | None = None
+    """[B, 37, 2 rows, 2 cols] logits of no direction and of 36 directions, with ``vector_heads``"""
+    alignment: fusion.Alignment | None = None
+    """how the pose was corrected, with ``align``"""
 
 
 class BEVNetwork(nn.Module):
@@ -82,9 +84,8 @@ class BEVNetwork(nn.Module):
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels)
         self.lift = GroundLift(config.feature_grid)
         self.bev = BevEncoder(config.neck_channels + COORDINATE_CHANNELS, config.bev_channels)
-        self.latent = nn.Conv2d(config.bev_channels, config.prior_channels, 1)
-        self.weight = nn.Conv2d(config.bev_channels, 1, 1)
-        self.decoder = Decoder(config.bev_channels, config.prior_channels, len(CLASSES))
+        self.fusion = fusion.make_fusion(config)
+        self.decoder = Decoder(config.bev_channels, len(CLASSES))
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -106,19 +107,33 @@ class BEVNetwork(nn.Module):
         out: Tensor = self.bev(self.lift(features.unflatten(0, (b, n)), pixel_from_base, present))
         return out
 
-    def observe(self, bev: Tensor) -> tuple[Tensor, Tensor]:
-        """What this frame adds to the prior: (weight x latent [B, D, rows, cols], weight [B, 1, rows, cols]).
+    def decode(self, features: Tensor) -> Output:
+        """Layers of BEV features, with or without a prior in them."""
+        logits, _ = self.decoder(features)
+        return Output(logits)
 
-        Latents lie in -1..1, weights in 0..1: the network itself says how much a cell was really seen.
+    def step(
+        self, bev: Tensor, memory: fusion.Memory, pose: Tensor, origin: Tensor, repeat: Tensor | None = None
+    ) -> tuple[Output, fusion.Memory]:
+        """Map one frame with what is remembered of its place, and remember it as well.
+
+        :param bev: [B, C, rows, cols] of :meth:`encode`
+        :param memory: windows of the map, of any size, one for each frame
+        :param pose: [B, 3] ego x, y (m), yaw (rad) in the map frame
+        :param origin: [B, 2] x, y (m) of the corner of each window in the map frame
+        :param repeat: [B] how many times the frame counts as seen, None for once
+        :return: layers, and the windows as they are afterwards
         """
-        weight = torch.sigmoid(self.weight(bev).float())
-        return torch.tanh(self.latent(bev).float()) * weight, weight
+        alignment = self.fusion.locate(bev, memory, pose, origin)
+        if alignment is not None:
+            # The search learns from its own loss: gradients through the places of cells only add noise.
+            pose = fusion.moved(pose, alignment.offset.detach())
+        latent, evidence = self.fusion.read(memory, pose, origin)
+        features = self.fusion.fuse(bev, latent, evidence, alignment)
+        memory = self.fusion.write(memory, bev, features, pose, origin, alignment, repeat)
+        return self.decode(features)._replace(alignment=alignment), memory
 
-    def decode(self, bev: Tensor, latent: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
-        """Class logits [B, 3, 2 rows, 2 cols].
-
-        :param latent: [B, D, rows, cols] prior latents in the ego frame, or None for no prior
-        :param evidence: [B, 1, rows, cols] their evidence
-        """
-        out: Tensor = self.decoder(bev, latent, evidence)
-        return out
+    @property
+    def state_channels(self) -> int:
+        """Channels that a cell of the map holds."""
+        return self.fusion.state_channels

@@ -1,0 +1,30 @@
+"""How a network remembers: what it reads from the cells of the map, and what it writes there."""
+
+from __future__ import annotations
+
+from nmp.errors import NmpError
+from nmp.model.config import NetworkConfig
+from nmp.model.fusion.align import Alignment, moved
+from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, EvidenceFusion, update
+from nmp.model.fusion.geometry import ego_to_map, map_to_ego
+from nmp.model.fusion.memory import Memory
+
+__all__ = [
+    "EVIDENCE_SCALE",
+    "LATENT_SCALE",
+    "Alignment",
+    "EvidenceFusion",
+    "Memory",
+    "ego_to_map",
+    "make_fusion",
+    "map_to_ego",
+    "moved",
+    "update",
+]
+
+
+def make_fusion(config: NetworkConfig) -> EvidenceFusion:
+    """Return the fusion that a configuration names."""
+    if config.fusion == "evidence":
+        return EvidenceFusion(config)
+    raise NmpError(f"network configuration: fusion {config.fusion!r} is unknown: choose evidence or paper")

@@ -1,0 +1,129 @@
+"""Where the car really is on the stored map: a small shift and turn, found by laying what is seen over what is stored.
+
+Every shift and turn of a grid is scored by how well two learned feature maps agree (correlated by FFT), which
+gives a probability for each; their mean corrects the pose and their spread tells how far to trust it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nmp.geometry import BevGrid
+
+SHIFTS = 6
+"""shifts tried to either side along each axis, in steps of two BEV cells"""
+TURNS = 5
+"""turns tried to either side"""
+TURN_RAD = math.radians(1.25)
+FEATURES = 8
+
+
+class Alignment(NamedTuple):
+    """What the search found, for B frames."""
+
+    offset: Tensor
+    """[B, 3] forward, left (m) and turn (rad): the corrected pose is the given pose followed by this motion"""
+    spread: Tensor
+    """[B, 3] standard deviation of the same (m, m, rad)"""
+    log_probability: Tensor
+    """[B, turns, shifts left, shifts forward]"""
+
+
+class Aligner(nn.Module):
+    """Finds the motion in the ego frame that brings the stored cells under the seen ones.
+
+    :param channels: of the BEV features
+    :param prior_channels: of the stored latent
+    """
+
+    def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
+        super().__init__()
+        self.step_m = 2 * grid.resolution
+        self.seen = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        self.stored = nn.Sequential(nn.Conv2d(prior_channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        self.scale = nn.Parameter(torch.tensor(-2.0))
+        shift = torch.arange(-SHIFTS, SHIFTS + 1) * self.step_m
+        turn = torch.arange(-TURNS, TURNS + 1) * TURN_RAD
+        # Before anything is seen, a pose that is a metre or two degrees wrong is about as unlikely as that.
+        far = (shift[:, None] ** 2 + shift[None, :] ** 2) / 2 + (turn[:, None, None] / math.radians(2)) ** 2 / 2
+        self.bias = nn.Parameter(-far)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("turn", turn, persistent=False)
+        self.shift: Tensor
+        self.turn: Tensor
+        rows, cols = grid.shape
+        half = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(rows, cols, 2)
+        coarse = functional.avg_pool2d(half.permute(2, 0, 1), 2).permute(1, 2, 0)  # centres of the coarse cells, m
+        c, s = torch.cos(turn)[:, None, None], torch.sin(turn)[:, None, None]
+        x, y = coarse[..., 0], coarse[..., 1]
+        turned = torch.stack([(c * x - s * y) / (grid.length / 2), (s * x + c * y) / (grid.width / 2)], dim=-1)
+        self.register_buffer("where", turned, persistent=False)  # [turns, rows / 2, cols / 2, 2]
+        self.where: Tensor
+
+    def forward(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> Alignment:
+        """Score every motion.
+
+        :param bev: [B, C, rows, cols] features of this frame
+        :param latent: [B, D, rows, cols] stored latents as the given pose places them in the ego frame
+        :param evidence: [B, 1, rows, cols] theirs
+        """
+        b, turns = bev.shape[0], len(self.turn)
+        trust = evidence / (evidence + 1)
+        seen = functional.avg_pool2d(self.seen(bev), 2).float()
+        stored = functional.avg_pool2d(self.stored(latent).float() * trust.float(), 2)
+        # Stored cells under each turn: what a cell at x would be if the car were turned.
+        grid = self.where.expand(b, -1, -1, -1, -1).flatten(0, 1)
+        turned = functional.grid_sample(stored.repeat_interleave(turns, dim=0), grid, align_corners=False)
+        score = _correlate(seen, turned.unflatten(0, (b, turns))) * (self.scale.exp() / math.sqrt(FEATURES))
+        score = score + self.bias.float()
+        log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
+        p = log_probability.exp()
+        # Shifts are those of the turned car, (x + d) under a turn: turn them back into the given ego frame.
+        left, forward = self.shift[:, None], self.shift[None, :]
+        c, s = torch.cos(self.turn)[:, None, None], torch.sin(self.turn)[:, None, None]
+        parts = (c * forward - s * left, s * forward + c * left, self.turn[:, None, None].expand_as(self.bias))
+        values = torch.stack([part.expand_as(self.bias) for part in parts])  # [3, turns, shifts, shifts]
+        mean = torch.einsum("btyx,ctyx->bc", p, values)
+        square = torch.einsum("btyx,ctyx->bc", p, values**2)
+        return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability)
+
+
+def _correlate(seen: Tensor, stored: Tensor) -> Tensor:
+    """Sum seen(x) * stored(x + d) over cells and channels for every shift d.
+
+    :param seen: [B, K, rows, cols]
+    :param stored: [B, T, K, rows, cols]
+    :return: [B, T, 2 SHIFTS + 1, 2 SHIFTS + 1], the mean over all cells times the root of their number
+    """
+    rows, cols = seen.shape[-2:]
+    size = (_smooth(rows + SHIFTS), _smooth(cols + SHIFTS))
+    with torch.autocast(seen.device.type, enabled=False):
+        spectrum = torch.fft.rfft2(seen, s=size).conj()[:, None] * torch.fft.rfft2(stored, s=size)
+        full = torch.fft.irfft2(spectrum.sum(dim=2), s=size)
+    around = torch.arange(-SHIFTS, SHIFTS + 1, device=seen.device)
+    return full[..., around % size[0], :][..., around % size[1]] / math.sqrt(rows * cols)
+
+
+def _smooth(size: int) -> int:
+    """Return the next size with small factors only, which an FFT handles fast."""
+    while True:
+        rest = size
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 1
+
+
+def moved(pose: Tensor, offset: Tensor) -> Tensor:
+    """Return poses [B, 3] (x, y m; yaw rad) after a motion [B, 3] in their own frames."""
+    c, s = torch.cos(pose[:, 2]), torch.sin(pose[:, 2])
+    x = pose[:, 0] + c * offset[:, 0] - s * offset[:, 1]
+    y = pose[:, 1] + s * offset[:, 0] + c * offset[:, 1]
+    return torch.stack([x, y, pose[:, 2] + offset[:, 2]], dim=1)

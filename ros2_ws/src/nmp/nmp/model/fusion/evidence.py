@@ -1,0 +1,121 @@
+"""Map-aligned fusion: an evidence-weighted mean of latents in the cells of the city.
+
+The prior is never resampled for storage. Each frame's latents are turned onto the map's cells once, added to
+what the cells hold in proportion to their evidence, and written back as a block. A weighted sum does not
+depend on the order of its terms, so drives can be merged in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nmp.model.blocks import Residual
+from nmp.model.config import NetworkConfig
+from nmp.model.fusion.align import Aligner, Alignment
+from nmp.model.fusion.geometry import ego_to_map, map_to_ego
+from nmp.model.fusion.memory import Memory
+
+LATENT_SCALE = 127.0
+"""int8 steps per unit of latent: latents lie in -1..1"""
+EVIDENCE_SCALE = 256.0
+"""uint16 steps per unit of evidence"""
+
+
+class EvidenceFusion(nn.Module):
+    """Our fusion: every cell holds a weighted mean of what was observed there, and the weight.
+
+    The prior enters the features through a path that starts at zero and is closed where there is no evidence, so
+    that an empty prior gives exactly the layers of the network without one.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.state_channels = config.prior_channels
+        channels, stored = config.bev_channels, config.prior_channels
+        self.latent = nn.Conv2d(channels, stored, 1)
+        self.weight = nn.Conv2d(channels, 1, 1)
+        # what is stored, its weight, and how well the pose is known
+        self.prior_in = nn.Conv2d(stored + 1 + (3 if config.align else 0), channels, 1)
+        self.prior_mix = Residual(channels)
+        self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
+        nn.init.zeros_(self.prior_out.weight)
+        assert self.prior_out.bias is not None
+        nn.init.zeros_(self.prior_out.bias)
+        self.aligner = Aligner(config.feature_grid, channels, stored) if config.align else None
+        self.doubt = nn.Linear(3, 1) if config.align else None
+        if self.doubt is not None:
+            nn.init.constant_(self.doubt.bias, 3.0)  # what is seen counts in full until training finds otherwise
+
+    def locate(self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor) -> Alignment | None:
+        """Find how far the pose is off, by what is stored; None without ``config.align``."""
+        if self.aligner is None:
+            return None
+        found: Alignment = self.aligner(bev, *self.read(memory, pose, origin))
+        return found
+
+    def read(self, memory: Memory, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """Look the cells up in the ego frame: latent [B, D, rows, cols], evidence [B, 1, rows, cols]."""
+        net = self.config
+        cells = torch.cat([memory.latent * memory.evidence, memory.evidence], dim=1)
+        ego = map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell)
+        evidence = ego[:, -1:]
+        return ego[:, :-1] / evidence.clamp(min=1e-6), evidence
+
+    def fuse(self, bev: Tensor, latent: Tensor, evidence: Tensor, alignment: Alignment | None = None) -> Tensor:
+        """Return the features [B, C, rows, cols] with the prior added."""
+        trust = evidence / (evidence + 1)
+        parts = [latent * trust, trust]
+        if alignment is not None:
+            parts.append(alignment.spread[:, :, None, None].expand(-1, -1, *bev.shape[-2:]) * trust)
+        prior = torch.relu(self.prior_in(torch.cat(parts, dim=1)))
+        out: Tensor = bev + trust * self.prior_out(self.prior_mix(prior))
+        return out
+
+    def observe(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+        """What this frame adds to the prior: (weight x latent [B, D, rows, cols], weight [B, 1, rows, cols]).
+
+        Latents lie in -1..1, weights in 0..1: the network itself says how much a cell was really seen.
+        """
+        weight = torch.sigmoid(self.weight(bev).float())
+        return torch.tanh(self.latent(bev).float()) * weight, weight
+
+    def write(
+        self,
+        memory: Memory,
+        bev: Tensor,
+        features: Tensor,
+        pose: Tensor,
+        origin: Tensor,
+        alignment: Alignment | None = None,
+        repeat: Tensor | None = None,
+    ) -> Memory:
+        """Add one frame to the cells.
+
+        :param features: as :meth:`fuse` returned them; what is stored is what this frame saw by itself
+        :param repeat: [B] how many times the observation counts, None for once
+        """
+        net = self.config
+        seen = torch.cat(self.observe(bev), dim=1)
+        if repeat is not None:
+            seen = seen * repeat[:, None, None, None]
+        if self.doubt is not None and alignment is not None:
+            seen = seen * torch.sigmoid(self.doubt(alignment.spread))[:, :, None, None]
+        rows, cols = memory.evidence.shape[-2:]
+        turned = ego_to_map(seen, pose, net.feature_grid, origin, net.prior_cell, rows, cols)
+        return Memory(*update(memory.latent, memory.evidence, turned[:, :-1], turned[:, -1:], net.evidence_cap))
+
+
+def update(latent: Tensor, evidence: Tensor, seen: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Add one observation to the cells.
+
+    :param latent: [B, D, rows, cols] mean latent of each cell
+    :param evidence: [B, 1, rows, cols] its weight so far
+    :param seen: [B, D, rows, cols] weight x latent of the new observation
+    :param weight: [B, 1, rows, cols] weight of the new observation
+    :param cap: most evidence a cell may hold
+    """
+    total = evidence + weight
+    mean = (latent * evidence + seen) / total.clamp(min=1e-6)
+    return torch.where(total > 0, mean, latent), total.clamp(max=cap)

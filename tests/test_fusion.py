@@ -1,0 +1,143 @@
+"""What a network remembers: geometry of the windows, the weighted mean, the correction of the pose."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from nmp.geometry import BevGrid, transform_from_xyyaw
+from nmp.model import BEVNetwork, NetworkConfig, fusion
+from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner, _correlate
+
+SMALL = NetworkConfig(
+    backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4
+)
+
+
+def _network(config: NetworkConfig = SMALL) -> BEVNetwork:
+    torch.manual_seed(0)
+    network = BEVNetwork(config).eval()
+    torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.1)  # an open door for the prior
+    return network
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_an_empty_prior_changes_nothing(align: bool) -> None:
+    network = _network(NetworkConfig(**{**SMALL.to_dict(), "align": align}))
+    bev = torch.randn(1, 16, *SMALL.feature_grid.shape)
+    pose, origin = torch.tensor([[35.0, 36.0, 0.4]]), torch.zeros(1, 2)
+    empty = fusion.Memory.empty(1, 4, 236, 236)
+    with torch.inference_mode():
+        alone = network.decode(bev).logits
+        first, memory = network.step(bev, empty, pose, origin)
+        np.testing.assert_array_equal(alone.numpy(), first.logits.numpy())
+        second, _ = network.step(bev, memory, pose, origin)
+        assert (second.logits - alone).abs().max() > 0
+
+
+def test_a_frame_that_counts_twice_is_a_frame_seen_twice() -> None:
+    network = _network()
+    bev = torch.randn(1, 16, *SMALL.feature_grid.shape)
+    pose, origin = torch.tensor([[35.0, 36.0, 0.4]]), torch.zeros(1, 2)
+    empty = fusion.Memory.empty(1, 4, 236, 236)
+    with torch.inference_mode():
+        _, twice = network.step(bev, empty, pose, origin, repeat=torch.tensor([2.0]))
+        _, once = network.step(bev, empty, pose, origin)
+        _, again = network.step(bev, once, pose, origin)
+    torch.testing.assert_close(twice.evidence, again.evidence)
+    torch.testing.assert_close(twice.latent, again.latent)
+
+
+@pytest.mark.parametrize("yaw", [0.0, 0.7, math.pi / 4, -2.5])
+def test_turning_onto_the_map_and_back_keeps_smooth_values(yaw: float) -> None:
+    grid = BevGrid(resolution=0.3)
+    x, y = torch.as_tensor(grid.centres(), dtype=torch.float32).unbind(-1)
+    values = torch.stack([torch.sin(x / 5) + torch.cos(y / 4), torch.ones_like(x)])[None]
+    pose = torch.tensor([[33.3, 35.1, yaw]])
+    origin = torch.zeros(1, 2)
+    window = fusion.ego_to_map(values, pose, grid, origin, 0.3, 232, 232)
+    back = fusion.map_to_ego(window, pose, grid, origin, 0.3)
+    inner = (slice(None), slice(None), slice(4, -4), slice(4, -4))
+    assert (back - values)[inner].abs().max() < 0.02
+    # the value lands in the right cell of the map
+    place = transform_from_xyyaw(33.3, 35.1, yaw) @ [10.0, -4.0, 0, 1]
+    row, col = int(place[1] / 0.3), int(place[0] / 0.3)
+    expected = math.sin(10 / 5) + math.cos(-4 / 4)
+    assert float(window[0, 0, row, col]) == pytest.approx(expected, abs=0.08)
+
+
+def test_the_order_of_updates_does_not_matter() -> None:
+    torch.manual_seed(1)
+    observations = [(torch.rand(1, 4, 6, 6), torch.rand(1, 1, 6, 6)) for _ in range(4)]
+
+    def run(order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, evidence = torch.zeros(1, 4, 6, 6), torch.zeros(1, 1, 6, 6)
+        for i in order:
+            value, weight = observations[i]
+            latent, evidence = fusion.update(latent, evidence, value * weight, weight, cap=16.0)
+        return latent, evidence
+
+    first, second = run([0, 1, 2, 3]), run([3, 1, 0, 2])
+    torch.testing.assert_close(first, second)
+
+
+def test_agreement_is_summed_for_every_shift() -> None:
+    torch.manual_seed(2)
+    seen, stored = torch.randn(2, 3, 20, 31), torch.randn(2, 4, 3, 20, 31)
+    found = _correlate(seen, stored)
+    padded = functional.pad(stored, (SHIFTS,) * 4)
+    for dy, dx in ((0, 0), (-SHIFTS, 3), (2, SHIFTS), (5, -4)):
+        part = padded[..., SHIFTS + dy : SHIFTS + dy + 20, SHIFTS + dx : SHIFTS + dx + 31]
+        expected = (seen[:, None] * part).sum(dim=(2, 3, 4)) / math.sqrt(20 * 31)
+        torch.testing.assert_close(found[..., SHIFTS + dy, SHIFTS + dx], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_pose_is_corrected_towards_what_is_stored() -> None:
+    """The stored cells are the seen ones from another pose: the search finds the motion between them."""
+    torch.manual_seed(3)
+    grid = BevGrid(resolution=0.3)
+    rough = torch.randn(1, 8, 60, 60)
+    window = functional.interpolate(rough, (300, 300), mode="bicubic")
+    aligner = Aligner(grid, 8, 8)
+    with torch.no_grad():  # features that are compared as they are
+        for part in (aligner.seen, aligner.stored):
+            for layer in (part[0], part[2]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            part[0].weight[:8, :, 0, 0] = torch.eye(8)
+            part[0].bias[:8] = 5.0  # above zero, where a ReLU changes nothing
+            part[2].weight[:, :8, 1, 1] = torch.eye(8)
+            part[2].bias[:] = -5.0
+        aligner.scale.fill_(1.0)
+    origin = torch.zeros(1, 2)
+    true = torch.tensor([[45.0, 44.0, 0.6]])
+    bev = fusion.map_to_ego(window, true, grid, origin, 0.3)
+    ones = torch.full((1, 1, *grid.shape), 8.0)
+    for offset in ([0.0, 0.0, 0.0], [1.2, -0.6, 0.0], [-1.9, 1.4, 0.04], [0.3, 0.2, -0.06]):
+        motion = torch.tensor([offset])
+        # the given pose, from which this motion leads to the true one
+        yaw = true[:, 2] - motion[:, 2]
+        c, s = torch.cos(yaw), torch.sin(yaw)
+        x = true[:, 0] - (c * motion[:, 0] - s * motion[:, 1])
+        y = true[:, 1] - (s * motion[:, 0] + c * motion[:, 1])
+        given = torch.stack([x, y, yaw], dim=1)
+        torch.testing.assert_close(fusion.moved(given, motion), true)
+        with torch.inference_mode():
+            found = aligner(bev, fusion.map_to_ego(window, given, grid, origin, 0.3), ones)
+        assert (found.offset - motion)[0, :2].abs().max() < 0.31, offset
+        assert (found.offset - motion)[0, 2].abs() < 0.015, offset
+        assert found.spread.max() < 0.5
+    assert found.log_probability.shape == (1, 2 * TURNS + 1, 2 * SHIFTS + 1, 2 * SHIFTS + 1)
+    assert math.isclose(float(found.log_probability.exp().sum()), 1.0, rel_tol=1e-4)
+    assert TURNS * TURN_RAD > 0.06
+
+
+def test_without_anything_stored_the_pose_stays() -> None:
+    torch.manual_seed(4)
+    aligner = Aligner(BevGrid(resolution=0.3), 8, 4)
+    with torch.inference_mode():
+        found = aligner(torch.randn(1, 8, 100, 200), torch.zeros(1, 4, 100, 200), torch.zeros(1, 1, 100, 200))
+    assert found.offset.abs().max() < 1e-4
+    assert found.spread[0, 0] > 0.8  # and nobody claims to know it
