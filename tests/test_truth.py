@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nmp.citymap import CityMap
 from nmp.cli import main
+from nmp.errors import NmpError
 from nmp.evaluation import CityMaps
 from nmp.frame import CLASSES
 from nmp.geometry import BevGrid
 from nmp.metrics import IouMeter
-from nmp.truth import rasterize
+from nmp.truth import MOST_INSTANCES, rasterize, rasterize_vectors, truth_lines
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "real"
 GEOGRAPHY = REAL / "geography"
@@ -134,6 +136,56 @@ def test_other_grids_and_empty_places(dataroot: Path) -> None:
     assert rasterize(city, 0.0, 0.0, 0.3, BevGrid(100.0, 100.0, 0.5)).shape == (3, 200, 200)
     nowhere = rasterize(city, 5000.0, 5000.0, 0.0)
     assert nowhere.shape == (3, 200, 400) and not nowhere.any()
+
+
+@needs_real
+def test_vectors_cover_what_is_drawn(reference: dict[str, NDArray[Any]]) -> None:
+    maps = CityMaps(GEOGRAPHY)
+    most = 0
+    for location, pose in list(zip(reference["location"], reference["poses"], strict=True))[::3]:
+        city = maps.city(str(location))
+        instances, directions = rasterize_vectors(city, *pose)
+        np.testing.assert_array_equal(instances > 0, rasterize(city, *pose))
+        np.testing.assert_array_equal((instances > 0).any(axis=0), directions[0] > 0)
+        assert directions.max() <= 36
+        forward, backward = directions[:, directions[0] > 0].astype(int)
+        assert ((forward - backward) % 36 == 18).all()
+        most = max(most, int(instances.max()))
+    assert most > 5
+
+
+def test_lines_are_numbered_and_have_directions(dataroot: Path) -> None:
+    city = CityMaps(dataroot).city("boston-seaport")
+    lines = truth_lines(city, 0.0, 0.0, 0.0)
+    assert [len(lines[name]) for name in CLASSES] == [1, 1, 2]  # two kerbs, cut at both ends of the region
+    instances, directions = rasterize_vectors(city, 0.0, 0.0, 0.0)
+    assert instances.dtype == directions.dtype == np.uint8
+    assert instances.shape == (3, 200, 400) and directions.shape == (2, 200, 400)
+    assert [np.unique(one).tolist() for one in instances] == [[0, 1], [0, 1], [0, 1, 2]]
+    kerbs = instances[2, [66, 133], 100]
+    assert set(kerbs.tolist()) == {1, 2} and (instances[2, :100] != kerbs[1]).all()
+    assert set(directions[:, 100, 60].tolist()) == {1, 19}  # the divider: forward and back
+    assert set(directions[:, 90, round((30 + 10) / 0.15)].tolist()) == {10, 28}  # the crossing's near edge: left, right
+    assert not directions[:, 30].any()
+
+
+@pytest.mark.parametrize(("yaw_deg", "expected"), [(0, {1, 19}), (-30, {4, 22}), (-34, {4, 22}), (-36, {5, 23})])
+def test_directions_turn_with_the_ego(dataroot: Path, yaw_deg: float, expected: set[int]) -> None:
+    """Turned to the right, the ego sees the road run off to its left."""
+    city = CityMaps(dataroot).city("boston-seaport")
+    instances, directions = rasterize_vectors(city, -20.0, 0.0, math.radians(yaw_deg))
+    alone = (instances[0] > 0) & ~(instances[1:] > 0).any(axis=0)
+    assert alone.sum() > 500
+    assert set(np.unique(directions[:, alone]).tolist()) == expected
+
+
+def test_too_many_lines_are_refused() -> None:
+    tables = square_map()
+    for i in range(MOST_INSTANCES):
+        tables["road_divider"].append({"token": f"more{i}", "line_token": "l0"})
+    city = CityMap.from_tables(tables, "boston-seaport")
+    with pytest.raises(NmpError, match="256 divider lines around x 0.0 m"):
+        rasterize_vectors(city, 0.0, 0.0, 0.0)
 
 
 GOOD = {"location": "boston-seaport", "x": 0.0, "y": 0.0, "yaw": 0.0}

@@ -12,9 +12,10 @@ from nmp.frame import CLASSES
 from nmp.model import fusion
 from nmp.model.blocks import Residual, conv_bn_relu
 from nmp.model.config import NetworkConfig
+from nmp.model.heads import VectorHeads
 from nmp.model.neck import FeaturePyramid
 from nmp.model.resnet import ResNet
-from nmp.model.view import COORDINATE_CHANNELS, GroundLift
+from nmp.model.views import make_view
 
 
 class BevEncoder(nn.Module):
@@ -53,9 +54,9 @@ class Decoder(nn.Module):
         self.out = nn.Conv2d(16, classes, 3, 1, 1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [B, classes, 2 rows, 2 cols] and the features [B, 16, 2 rows, 2 cols] that they are made of."""
-        fine = self.up(self.mix(features))
-        return self.out(fine), fine
+        """Return logits [B, classes, 2 rows, 2 cols] and the features [B, channels, rows, cols] they are made of."""
+        mixed = self.mix(features)
+        return self.out(self.up(mixed)), mixed
 
 
 class Output(NamedTuple):
@@ -81,11 +82,12 @@ class BEVNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = ResNet(config.backbone, config.backbone_stages)
-        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels)
-        self.lift = GroundLift(config.feature_grid)
-        self.bev = BevEncoder(config.neck_channels + COORDINATE_CHANNELS, config.bev_channels)
+        self.view = make_view(config)
+        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, self.view.level)
+        self.bev = BevEncoder(self.view.channels, config.bev_channels)
         self.fusion = fusion.make_fusion(config)
         self.decoder = Decoder(config.bev_channels, len(CLASSES))
+        self.heads = VectorHeads(config.bev_channels) if config.vector_heads else None
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -104,13 +106,21 @@ class BEVNetwork(nn.Module):
         if flat.device.type == "cpu":
             flat = flat.contiguous(memory_format=torch.channels_last)
         features = self.neck(self.backbone(flat))
-        out: Tensor = self.bev(self.lift(features.unflatten(0, (b, n)), pixel_from_base, present))
+        out: Tensor = self.bev(self.view(features.unflatten(0, (b, n)), pixel_from_base, present))
         return out
 
     def decode(self, features: Tensor) -> Output:
-        """Layers of BEV features, with or without a prior in them."""
-        logits, _ = self.decoder(features)
-        return Output(logits)
+        """Layers of features that the fusion made, with or without a prior in them."""
+        logits, mixed = self.decoder(features)
+        return Output(logits) if self.heads is None else Output(logits, *self.heads(mixed))
+
+    def alone(self, bev: Tensor) -> Output:
+        """Layers of BEV features [B, C, rows, cols] of one frame by itself, as with an empty prior."""
+        if self.config.fusion == "evidence":
+            return self.decode(bev)  # nothing is added where there is no evidence
+        rows, cols = bev.shape[-2:]
+        nothing = fusion.Memory.empty(len(bev), self.state_channels, rows, cols, bev.device)
+        return self.decode(self.fusion.fuse(bev, *nothing))
 
     def step(
         self, bev: Tensor, memory: fusion.Memory, pose: Tensor, origin: Tensor, repeat: Tensor | None = None

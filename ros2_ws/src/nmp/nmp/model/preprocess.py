@@ -19,6 +19,9 @@ from nmp.frame import CAMERAS, CameraShot, Frame
 from nmp.geometry import Array, flatten_to_plane, inverse
 from nmp.model.config import NetworkConfig
 
+_EXAMPLE_YAWS_DEG = (0.0, -55.0, -110.0, 180.0, 110.0, 55.0)
+"""about where the cameras of nuScenes look, in the order of ``CAMERAS``"""
+
 
 def network_intrinsics(intrinsics: Array, width: int, height: int, config: NetworkConfig) -> Array:
     """Return the [3, 3] intrinsics of the network input made from an image of this size.
@@ -39,6 +42,20 @@ def unit_projection(intrinsics: Array, base_from_camera: Array, width: int, heig
     """Return [3, 4]: base points (m) to homogeneous image coordinates in which 0..1 spans width and height."""
     to_unit = np.array([[1 / width, 0, 0.5 / width], [0, 1 / height, 0.5 / height], [0, 0, 1]])
     return np.asarray(to_unit @ intrinsics @ inverse(base_from_camera)[:3])
+
+
+def example_projection(config: NetworkConfig) -> Tensor:
+    """Return pixel_from_base [1, 6, 3, 4] of six plausible cameras around a car, to try a network without a drive."""
+    projections = []
+    for yaw in np.radians(_EXAMPLE_YAWS_DEG):
+        forward, left = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([-np.sin(yaw), np.cos(yaw), 0.0])
+        base_from_camera = np.eye(4)
+        base_from_camera[:3, :3] = np.column_stack([-left, [0.0, 0.0, -1.0], forward])
+        base_from_camera[:3, 3] = forward + [0.0, 0.0, 1.5]
+        intrinsics = np.array([[1266.0, 0.0, 800.0], [0.0, 1266.0, 450.0], [0.0, 0.0, 1.0]])
+        scaled = network_intrinsics(intrinsics, 1600, 900, config)
+        projections.append(unit_projection(scaled, base_from_camera, config.input_width, config.input_height))
+    return torch.from_numpy(np.stack(projections)).float()[None]
 
 
 def _decode(shot: CameraShot, width: int) -> NDArray[np.uint8]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nmp.errors import NmpError
@@ -71,7 +75,10 @@ class ResNet(nn.Module):
         super().__init__()
         if name not in LAYOUTS:
             raise NmpError(f"unknown backbone {name!r}: choose one of {', '.join(LAYOUTS)}")
+        if not 1 <= stages <= len(LAYOUTS[name][1]):
+            raise NmpError(f"{name} has {len(LAYOUTS[name][1])} stages, {stages} were asked for: set backbone_stages")
         block, depths = LAYOUTS[name]
+        self.name = name
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -97,3 +104,37 @@ class ResNet(nn.Module):
             x = self.get_submodule(f"layer{index + 1}")(x)
             out.append(x)
         return out
+
+
+def load_torchvision(backbone: ResNet, path: Path) -> None:
+    """Load the parameters of a torchvision ResNet, stored as .safetensors, into ``backbone`` (in place).
+
+    The classifier and the stages that the backbone does not have are left out. Raises :class:`NmpError` when the
+    file is a pickle, cannot be read, or holds another network.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise NmpError(
+            f"{path} is not a .safetensors file, and nothing else is loaded, because pickles can run code: convert it "
+            'where you trust it with python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+        )
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise NmpError(f"cannot read backbone weights {path} ({error}): copy them again") from error
+    expected = backbone.state_dict()
+    # Checkpoints from before PyTorch 0.4.1 do not count batches, and nothing here depends on the count.
+    missing = sorted(n for n in set(expected) - set(state) if not n.endswith("num_batches_tracked"))
+    wrong = missing + sorted(n for n in set(expected) & set(state) if expected[n].shape != state[n].shape)
+    # A deeper ResNet holds all the names of a shallower one, and more in the same stages.
+    stages = {n.split(".")[0] for n in expected}
+    wrong += sorted(n for n in set(state) - set(expected) if n.split(".")[0] in stages)
+    if wrong:
+        raise NmpError(
+            f"{path} does not hold the {backbone.name} of the configuration ({len(wrong)} tensors differ, first "
+            f"{wrong[0]}): give the checkpoint of that backbone"
+        )
+    if any(not torch.isfinite(state[n]).all() for n in expected if n in state):
+        raise NmpError(f"{path} holds NaN or infinite weights: copy or convert it again")
+    backbone.load_state_dict({n: state.get(n, value).to(value.dtype) for n, value in expected.items()})

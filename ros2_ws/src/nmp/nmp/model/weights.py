@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
 
 from nmp.errors import NmpError
 from nmp.frame import CLASSES
@@ -21,37 +23,72 @@ FORMAT = "nmp-weights"
 FORMAT_VERSION = 1
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cpu_default.safetensors"
 
+_FORMER_NAMES = {"latent.": "fusion.latent.", "weight.": "fusion.weight.", "decoder.prior_": "fusion.prior_"}
+"""beginnings of tensor names in files from before the fusion was a module, and what they are now"""
 
-def save_network(network: BEVNetwork, path: Path, training: dict[str, Any]) -> None:
-    """Write ``path`` (.safetensors, half precision) and the JSON beside it.
+
+def save_network(
+    network: BEVNetwork,
+    path: Path,
+    training: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float16,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write ``path`` (.safetensors) and the JSON beside it; each is replaced as a whole or not at all.
 
     :param training: how the weights came about (data, command, metrics); kept for the reader, not interpreted
+    :param dtype: of the numbers on disk; a tensor that holds values beyond its range is written in float32
+    :param extra: more keys for the JSON, for the reader
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu()
-        for name, value in network.state_dict().items()
-    }
-    save_file({name: value.contiguous() for name, value in state.items()}, str(path))
+    state = {name: _stored(value, dtype) for name, value in network.state_dict().items()}
+    config = network.config
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "classes": list(CLASSES),
-        "network": network.config.to_dict(),
+        "network": config.to_dict(),
+        # All of it follows from the network: for readers that are not nmp.
+        "input": {
+            "width": config.input_width,
+            "height": config.input_height,
+            "mean": list(config.mean),
+            "std": list(config.std),
+        },
+        "prior": {"channels": network.state_channels, "cell_m": config.prior_cell},
+        **(extra or {}),
         "training": training,
     }
-    path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
+    # Not safetensors' own file writer: it makes files that only their owner can read.
+    _replace(path, tensors_to_bytes(state))
+    _replace(path.with_suffix(".json"), (json.dumps(description, indent=2) + "\n").encode())
 
 
-def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
-    """Load a network in float32, in evaluation mode, and return it with its fingerprint.
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    small = value.to(dtype)
+    return small if torch.isfinite(small).all() else value.float()
 
-    The fingerprint (hex digest of weights and configuration) names the model in every prior that it writes.
-    ``None`` loads the weights that come with nmp. Raises :class:`NmpError` for anything that is not a complete,
-    matching pair of files.
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise NmpError(f"cannot write {path} ({error.strerror}): free some space or choose another folder") from error
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the JSON that belongs to a .safetensors file.
+
+    Raises :class:`NmpError` when either file is missing, or when the JSON does not describe weights of this format
+    and of this nmp's classes.
     """
-    path = Path(path) if path is not None else DEFAULT_WEIGHTS
     sidecar = path.with_suffix(".json")
     for needed in (path, sidecar):
         if not needed.is_file():
@@ -69,10 +106,26 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
         )
     if description.get("classes") != list(CLASSES):
         raise NmpError(f"{path} was trained for classes {description.get('classes')}, nmp maps {list(CLASSES)}")
-    config = NetworkConfig.from_dict(description.get("network", {}))
+    if not isinstance(description.get("network"), dict):
+        raise NmpError(f"{sidecar} has no network configuration: write the weights again with 'nmp-train fit'")
+    return description
+
+
+def load_network(path: Path | None = None, device: torch.device | str = "cpu") -> tuple[BEVNetwork, str]:
+    """Load a network in float32, in evaluation mode, and return it with its fingerprint.
+
+    The fingerprint (hex digest of weights and configuration, as they are on disk) names the model in every prior
+    that it writes. ``None`` loads the weights that come with nmp. Raises :class:`NmpError` for anything that is not a
+    complete, matching pair of files.
+
+    :param device: where the network shall be
+    """
+    path = Path(path) if path is not None else DEFAULT_WEIGHTS
+    description = read_description(path)
+    config = NetworkConfig.from_dict(description["network"])
     data = path.read_bytes()
     try:
-        state = load_tensors(data)
+        state = {_present_name(name): value for name, value in load_tensors(data).items()}
     except SafetensorError as error:
         raise NmpError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
     network = BEVNetwork(config)
@@ -82,13 +135,21 @@ def load_network(path: Path | None = None) -> tuple[BEVNetwork, str]:
     )
     if wrong:
         raise NmpError(
-            f"{path} does not fit the network that {sidecar.name} describes ({len(wrong)} tensors differ, first "
-            f"{wrong[0]}): the two files do not belong together"
+            f"{path} does not fit the network that {path.with_suffix('.json').name} describes ({len(wrong)} tensors "
+            f"differ, first {wrong[0]}): the two files do not belong together"
         )
     if any(not torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
         raise NmpError(f"{path} holds NaN or infinite weights: use an earlier file")
     network.load_state_dict({n: v.to(expected[n].dtype) for n, v in state.items()})
-    network.eval()
+    network.to(device).eval()
     digest = hashlib.sha256(data)
-    digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    # As it is in the file: a key that a later nmp adds must not orphan the priors of earlier weights.
+    digest.update(json.dumps(description["network"], sort_keys=True).encode())
     return network, digest.hexdigest()[:16]
+
+
+def _present_name(name: str) -> str:
+    for former, present in _FORMER_NAMES.items():
+        if name.startswith(former):
+            return present + name[len(former) :]
+    return name

@@ -8,6 +8,7 @@ from nmp.model.fusion.align import Alignment, moved
 from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, EvidenceFusion, update
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
+from nmp.model.fusion.paper import PaperFusion
 
 __all__ = [
     "EVIDENCE_SCALE",
@@ -15,6 +16,7 @@ __all__ = [
     "Alignment",
     "EvidenceFusion",
     "Memory",
+    "PaperFusion",
     "ego_to_map",
     "make_fusion",
     "map_to_ego",
@@ -23,8 +25,10 @@ __all__ = [
 ]
 
 
-def make_fusion(config: NetworkConfig) -> EvidenceFusion:
+def make_fusion(config: NetworkConfig) -> EvidenceFusion | PaperFusion:
     """Return the fusion that a configuration names."""
     if config.fusion == "evidence":
         return EvidenceFusion(config)
+    if config.fusion == "paper":
+        return PaperFusion(config)
     raise NmpError(f"network configuration: fusion {config.fusion!r} is unknown: choose evidence or paper")

@@ -46,9 +46,13 @@ def map_to_ego(
     :return: [B, C, grid rows, grid cols]; zero outside the window
     """
     rows, cols = window.shape[-2:]
-    centres = torch.as_tensor(grid.centres(), device=window.device, dtype=torch.float32)
+    # The cells are counted on the device: a copy from the host would make a GPU wait.
+    across, along = (
+        (torch.arange(count, device=window.device, dtype=torch.float32) + 0.5) * grid.resolution - edge / 2
+        for count, edge in zip(grid.shape, (grid.width, grid.length), strict=True)
+    )
     c, s = torch.cos(pose[:, 2])[:, None, None], torch.sin(pose[:, 2])[:, None, None]
-    x = c * centres[..., 0] - s * centres[..., 1] + (pose[:, 0] - origin[:, 0])[:, None, None]
-    y = s * centres[..., 0] + c * centres[..., 1] + (pose[:, 1] - origin[:, 1])[:, None, None]
+    x = c * along - s * across[:, None] + (pose[:, 0] - origin[:, 0])[:, None, None]
+    y = s * along + c * across[:, None] + (pose[:, 1] - origin[:, 1])[:, None, None]
     where = torch.stack([2 * x / (cols * cell) - 1, 2 * y / (rows * cell) - 1], dim=-1)
     return functional.grid_sample(window, where.to(window.dtype), mode=mode, align_corners=False)
