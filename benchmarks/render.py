@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from nmp.model.config import NetworkConfig
-from nmp_train.config import TrainConfig
-from nmp_train.data import SimulatedGroups, collate
-from nmp_train.fit import Simulator
+from nmp_train.config import StageConfig, TrainConfig
+from nmp_train.data import SimulatedGroups, SimulatedSource, collate
 from nmp_train.sim.light import BEAMS, LAMP_SIDE, LAMPS, SHADOW_SIDE, SHADOW_TILES, shadow_scores
 from nmp_train.sim.render import SOLIDS_PER_SHADOW_TILE, SOLIDS_PER_STRIP, Solids, strip_scores
 from nmp_train.sim.weather import Weather
@@ -43,12 +42,12 @@ CACHED_BYTES_PER_RAY = 164
 def _measure(height: int, width: int, batch: int, repeats: int, device: torch.device, seed: int) -> dict[str, Any]:
     config = TrainConfig(supersample=1, network=NetworkConfig(input_width=width, input_height=height), workers=0)
     world = make_world(seed, size_m=420.0, drives=2, duration_s=20.0)
-    groups = SimulatedGroups([world], config.network, group=1, radius_m=30.0, seed=seed, length=batch)
+    groups = SimulatedGroups([world], config, StageConfig(batch=batch), seed=seed, length=batch)
     samples = collate([groups[i] for i in range(batch)])
     samples = dataclasses.replace(samples, truth=samples.truth[..., :1, :1])  # labels are not rendered
-    simulator = Simulator([world], config, device)
+    source = SimulatedSource([world], config, device)
     begin = time.perf_counter()
-    simulator.render(samples)
+    source.batch(samples)
     _wait(device)
     first = time.perf_counter() - begin
     if device.type == "cuda":
@@ -59,15 +58,17 @@ def _measure(height: int, width: int, batch: int, repeats: int, device: torch.de
     for _ in range(repeats):
         begin, used = time.perf_counter(), time.process_time()
         for _ in range(together):
-            simulator.render(samples)
+            source.batch(samples)
         _wait(device)
         seconds.append((time.perf_counter() - begin) / together)
         processor.append((time.process_time() - used) / together)
     median = statistics.median(seconds)
+    drawn = samples.drawn
+    assert drawn is not None
     rays = batch * 6 * height * width
-    solids = Solids(*(part.flatten(0, 1) for part in samples.solids))
+    solids = Solids(*(part.flatten(0, 1) for part in drawn.solids))
     seen = strip_scores(
-        samples.intrinsics.flatten(0, 1), samples.map_from_camera.flatten(0, 1), solids, (width, height), True
+        drawn.intrinsics.flatten(0, 1), drawn.map_from_camera.flatten(0, 1), solids, (width, height), True
     )
     in_view = (seen > 0).sum(dim=-1).float()
     shading = shadow_scores(solids.centre, solids.size, Weather.clear(len(solids.yaw)).sun) > 0

@@ -1,48 +1,81 @@
-"""A simulated training world: one city, its ground, its solids and the drives through it."""
+"""A simulated training world: one city or a part of one, its ground, its solids and the drives through it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from shapely.geometry import LineString, MultiLineString
 
+from nmp.changelog import LAST_DAY, Change, apply_changes, time_zone
 from nmp.citymap import CityMap
 from nmp.frame import LOCATIONS
 from nmp_train.sim.boxes import Boxes
+from nmp_train.sim.changes import draw_changes, removed_markings
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.drive import Trajectory, sample_routes
 from nmp_train.sim.scenery import make_scenery
 from nmp_train.sim.surface import Surface, city_bounds, paint_surface
 from nmp_train.sim.traffic import Traffic, make_traffic
 
+Array = NDArray[np.float64]
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class State:
+    """A city between two changes."""
+
+    city: CityMap
+    surface: Surface
+
 
 @dataclass
 class World:
-    """Everything that a frame of one city is made from."""
+    """Everything that the frames of one place are made from."""
 
-    tables: Mapping[str, Any]
-    """map-expansion dictionary"""
-    city: CityMap
-    surface: Surface
+    name: str
+    """for messages"""
+    states: list[State]
+    """the city as it was mapped and, in a world that changes, as it is from ``changed_s`` on"""
     scenery: Boxes
     drives: list[Trajectory]
+    """in the order of their start"""
+    started_s: Array
+    """[drives] time at which each of them begins, s since 1970"""
     traffic: list[Traffic]
     """one per drive"""
-    frames: NDArray[np.float64]
-    """[F, 5]: x, y (m), yaw (rad), drive, time (s) of every frame of every drive"""
-    index: cKDTree
-    """over x, y of ``frames``"""
+    frames: Array
+    """[F, 5]: x, y (m), yaw (rad), drive, time since its start (s) of every frame of every drive"""
+    changed_s: float = np.inf
+    """s since 1970; infinite in a world that stays as it is"""
     difficulty: float = 1.0
     """of the ground, see :func:`make_world`"""
+
+    @property
+    def city(self) -> CityMap:
+        """The map before all changes."""
+        return self.states[0].city
+
+    @property
+    def times_s(self) -> Array:
+        """[F] time of every frame, s since 1970."""
+        return self.started_s[self.frames[:, 3].astype(np.int64)] + self.frames[:, 4]
+
+    def state_of(self, drive: int) -> int:
+        """Return the number of the state in which a drive finds the city."""
+        return int(self.started_s[drive] >= self.changed_s)
 
 
 def make_world(
     seed: int,
     difficulty: float = 1.0,
+    changes: int = 0,
     *,
     size_m: float,
     drives: int,
@@ -50,27 +83,94 @@ def make_world(
     rate_hz: float = 2.0,
     texel_m: float = 0.1,
 ) -> World:
-    """Generate a city and drives through it, all from one seed.
+    """Generate a city and drives through it on days of four months, all from one seed.
 
     :param difficulty: how ambiguous the ground is, see :class:`nmp_train.sim.clutter.Clutter`
+    :param changes: crossings, lane markings and kerbs that change, all on the day that parts the drives in halves.
+        The ground then takes twice the memory. A city where every drive is on one day stays as it is
     """
     location = LOCATIONS[seed % len(LOCATIONS)]
     tables = generate_city(seed, location, size_m)
-    city = CityMap.from_tables(tables, location)
     routes = sample_routes(tables, seed + 1, drives, duration_s, rate_hz)
-    rng = np.random.default_rng(seed + 2)
-    traffic = [make_traffic(tables, r, seed * 1009 + i, float(rng.uniform(0.4, 1.6))) for i, r in enumerate(routes)]
-    frames = np.concatenate(
-        [np.column_stack([r.poses_xyyaw, np.full(len(r.times_s), i), r.times_s]) for i, r in enumerate(routes)]
-    )
-    return World(
-        tables,
-        city,
-        paint_surface(city, city_bounds(city), seed + 3, texel_m, difficulty=difficulty),
+    city = CityMap.from_tables(tables, location)
+    bounds = city_bounds(city)
+    states = [State(city, paint_surface(city, bounds, seed + 3, texel_m, difficulty=difficulty))]
+    tables_of = [tables]
+    day, changed = _draw_changes(tables, routes, seed + 5, changes)
+    if changed:
+        tables_of.append(apply_changes(tables, changed, LAST_DAY))
+        later = CityMap.from_tables(tables_of[1], location)
+        gone = removed_markings(changed, LAST_DAY)
+        surface = paint_surface(later, bounds, seed + 3, texel_m, ghosts=gone, difficulty=difficulty)
+        states.append(State(later, surface))
+    return assemble(
+        f"city {seed}",
+        states,
+        tables_of,
         make_scenery(tables, seed + 4),
         routes,
-        traffic,
-        frames,
-        cKDTree(frames[:, :2]),
-        difficulty,
+        seed,
+        changed_on=day,
+        difficulty=difficulty,
     )
+
+
+def assemble(
+    name: str,
+    states: list[State],
+    tables: Sequence[dict[str, Any]],
+    scenery: Boxes,
+    drives: Sequence[Trajectory],
+    seed: int,
+    *,
+    changed_on: str = LAST_DAY,
+    difficulty: float = 1.0,
+) -> World:
+    """Put a world together: give its drives a time of the day and traffic, and list their frames.
+
+    :param tables: map-expansion dictionary of each state
+    :param changed_on: YYYY-MM-DD, the first day of the second state
+    """
+    rng = np.random.default_rng((seed, 2))
+    started = np.array([_midnight(d) + rng.uniform(0.3, 0.9) * DAY_S for d in drives])
+    order = np.argsort(started, kind="stable")
+    drives, started = [drives[i] for i in order], started[order]
+    world = World(
+        name=name,
+        states=states,
+        scenery=scenery,
+        drives=list(drives),
+        started_s=started,
+        traffic=[],
+        frames=np.concatenate(
+            [np.column_stack([d.poses_xyyaw, np.full(len(d.times_s), i), d.times_s]) for i, d in enumerate(drives)]
+        ),
+        changed_s=_midnight(replace(drives[0], date=changed_on)) if len(states) > 1 else np.inf,
+        difficulty=difficulty,
+    )
+    for i, drive in enumerate(drives):
+        density = float(rng.uniform(0.4, 1.6))
+        world.traffic.append(make_traffic(tables[world.state_of(i)], drive, seed * 1009 + i, density))
+    return world
+
+
+def _midnight(drive: Trajectory) -> float:
+    """Return the local midnight before a drive, s since 1970."""
+    day = datetime.datetime.fromisoformat(drive.date)
+    return day.replace(tzinfo=time_zone(drive.location)).timestamp()
+
+
+def _draw_changes(
+    tables: dict[str, Any], drives: Sequence[Trajectory], seed: int, count: int
+) -> tuple[str, list[Change]]:
+    """Draw changes where they are seen from the drives; returns the one day of all of them (YYYY-MM-DD)."""
+    dates = sorted({d.date for d in drives})
+    if not count or len(dates) < 2:
+        return LAST_DAY, []
+    # A line needs two points: a car that stands still has one place.
+    lines = [LineString(np.concatenate([d.poses_xyyaw[:, :2], d.poses_xyyaw[-1:, :2] + 0.01])) for d in drives]
+    place = drives[0].location
+    drawn = draw_changes(tables, place, seed, (dates[0], dates[-1]), count, along=MultiLineString(lines))
+    every = sorted(d.date for d in drives)
+    day = max(every[len(every) // 2], dates[1])
+    return day, [replace(change, date=day) for change in drawn]
