@@ -4,41 +4,57 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import logging
+import multiprocessing
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
 
-from nmp.bags.nuscenes_to_bag import Shot, load_nuscenes, scene_shots
-from nmp.changelog import local_date
+from nmp.changelog import Change, in_force, local_date, read_changes
 from nmp.errors import NmpError
 from nmp.evaluation import CityMaps, nan_as_null, write_json
-from nmp.frame import ANCHOR_CAMERA, CAMERAS, Camera, CameraShot, Frame
-from nmp.geometry import transform_from, yaw_of
-from nmp.metrics import Breakdown, format_table
-from nmp.truth import rasterize
+from nmp.frame import ANCHOR_CAMERA, CAMERAS, CameraShot, Frame, LocalMap
+from nmp.geometry import Array, BevGrid, inverse, transform_from, yaw_of
+from nmp.metrics import Breakdown, format_table, format_vectors
+from nmp.truth import rasterize, truth_lines
+from nmp.vectorize import vectorize
+from nmp_train.recordings import Sample, read_samples
+from nmp_train.sim.localisation import LocalisationNoise
 
 if TYPE_CHECKING:
-    from nuscenes.nuscenes import NuScenes
+    from nmp.mapper import OnlineMapper
+
+log = logging.getLogger(__name__)
+
+Estimate = tuple[Array, float, float]
+"""map_from_base [4, 4] that the car believed in, and its standard deviations: position (m), heading (rad)"""
 
 HELP = """\
 Map the scenes of a nuScenes data set, real or simulated, with the mapper that the node runs, and score every keyframe
 at the true pose against the map of its day. Where the data set has ego_pose_estimate.json, the mapper is told these
 poses. Beside the scores of all frames the table has them by weather, by distance from the car, and by how many of the
-scenes that wrote the prior came within 10 m of the frame. The number of frames is in brackets. Protocols:
+scenes that wrote the prior came within 10 m of the frame. The number of frames is in brackets. docs/evaluation.md
+defines the scores. Protocols:
 
 {protocols}
 
   nmp-train eval --dataroot data/bench --protocol earlier_trips
-  nmp-train eval my.safetensors --dataroot data/bench --split val --protocol train_trips --json scores.json"""
+  nmp-train eval my.safetensors --dataroot data/bench --split val --protocol train_trips --json scores.json
+  nmp-train eval my.safetensors --dataroot data/bench --workers 4 --device cuda
+  torchrun --nproc-per-node 8 -m nmp_train.cli eval my.safetensors --dataroot data/bench --device cuda"""
 
 PROTOCOLS = {
     "no_prior": "every frame on its own",
@@ -46,12 +62,18 @@ PROTOCOLS = {
     "earlier_trips": "scenes in the order in which they were driven, one prior for all of them",
     "train_trips": "every scene begins with a copy of the prior that the scenes of --train-split left",
 }
-SPREAD_S = 0.2
-"""images of one sample lie within this time; the next sample is half a second away"""
 SAME_PLACE_M = 10.0
 """an earlier drive passed here if it came this close"""
 MANY_TRIPS = 5
 """places that were driven as often or more often are counted together"""
+APART_M = 80.0
+"""scenes that stay this far apart share nothing of a prior: a frame reaches 34 m, and poses have errors"""
+CHANGED_M = 5.0
+"""cells this close to a line or an area that changed are a changed place"""
+SAME_M = 0.1
+"""a line that moved by less is as it was"""
+SHARED = ("earlier_trips", "train_trips")
+"""protocols in which one scene sees what another one left"""
 
 
 @dataclass(frozen=True)
@@ -61,67 +83,94 @@ class SceneFrames:
     name: str
     location: str
     weather: str
-    """as :func:`weather_of`"""
+    """day, rain, night or night rain"""
     frames: list[Frame]
     true_poses: list[NDArray[np.float64]]
     """[4, 4] map_from_base of each frame; differs from the frame's own where the localisation is simulated"""
 
 
-def scene_frames(nusc: NuScenes, name: str) -> SceneFrames:
-    """Read the keyframes of a scene; samples that lack a camera are left out.
+@dataclass(frozen=True)
+class Scene:
+    """A scene as the tables have it; images are read when its turn comes."""
 
-    Raises :class:`NmpError` on an unknown scene, a missing image file or a missing pose estimate.
+    name: str
+    samples: tuple[Sample, ...]
+    """keyframes in the order of time, at least one"""
+    estimates: Mapping[Path, Estimate] | None = None
+    """what the car believed when each image was taken; None where that is the truth"""
+
+    @property
+    def location(self) -> str:
+        return self.samples[0].location
+
+    @property
+    def start_ns(self) -> int:
+        return self.samples[0].anchor.stamp_ns
+
+
+def read_scenes(dataroot: Path, version: str, names: Sequence[str] | None = None) -> list[Scene]:
+    """Read the keyframes of scenes (all by default), in the order in which they were driven.
+
+    Keyframes that lack a camera are left out, and scenes that have no other. Raises :class:`NmpError` for a version,
+    a scene or a table that is missing or damaged, and for missing pose estimates.
     """
-    location, shots = scene_shots(nusc, name)
-    frames = list(_frames(shots, location))
-    truth = {s.stamp_ns: _transform(s.true_pose or s.pose) for s in shots if s.camera == ANCHOR_CAMERA}
-    description = next(s["description"] for s in nusc.scene if s["name"] == name)
-    return SceneFrames(name, location, weather_of(description), frames, [truth[f.stamp_ns] for f in frames])
+    samples: dict[str, list[Sample]] = {}
+    for sample in read_samples(dataroot, version, names):
+        samples.setdefault(sample.scene, []).append(sample)
+    estimates = _estimates(Path(dataroot), version)
+    if estimates is not None:
+        needed = [shot.path for found in samples.values() for sample in found for shot in sample.shots]
+        if unknown := [path for path in needed if path not in estimates]:
+            raise NmpError(
+                f"{Path(dataroot) / version / 'ego_pose_estimate.json'} has no estimate for {unknown[0].name} (one of "
+                f"{len(unknown)}): make the data set again"
+            )
+    scenes = [Scene(name, tuple(found), estimates) for name, found in samples.items()]
+    return sorted(scenes, key=lambda s: (s.start_ns, s.name))
 
 
-def weather_of(description: str) -> str:
-    """Return day, rain, night or night rain for the description of a scene in the words of nuScenes."""
-    # Only at the beginning of a word: some scenes pass trains.
-    night, rain = (re.search(rf"\b{word}", description, re.IGNORECASE) for word in ("night", "rain"))
-    return " ".join(word for word, found in (("night", night), ("rain", rain)) if found) or "day"
+def _estimates(dataroot: Path, version: str) -> dict[Path, Estimate] | None:
+    """Return what the car believed by image file, or None where the data set does not tell."""
+    if not (dataroot / version / "ego_pose_estimate.json").is_file():
+        return None
+    # Only here, as the library for bags is not needed on machines that only train.
+    from nmp.bags.nuscenes_to_bag import read_pose_estimates
+
+    rows = read_pose_estimates(dataroot / version) or {}
+    images = json.loads((dataroot / version / "sample_data.json").read_text())
+    return {
+        dataroot / image["filename"]: _estimate(rows[image["ego_pose_token"]])
+        for image in images
+        if image["is_key_frame"] and image["ego_pose_token"] in rows
+    }
 
 
-def _frames(shots: Sequence[Shot], location: str) -> Iterator[Frame]:
-    start = 0
-    for end in range(1, len(shots) + 1):
-        if end < len(shots) and shots[end].stamp_ns - shots[start].stamp_ns < SPREAD_S * 1e9:
-            continue
-        by_camera = {s.camera: s for s in shots[start:end]}
-        start = end
-        if len(by_camera) < len(CAMERAS):
-            continue
-        taken = [by_camera[name] for name in CAMERAS]
-        anchor = by_camera[ANCHOR_CAMERA]
-        deviation = np.zeros(36) if anchor.covariance is None else np.sqrt(anchor.covariance.clip(min=0))
-        yield Frame(
-            anchor.stamp_ns,
-            location,
-            _pose(anchor),
-            tuple(
-                CameraShot(
-                    Camera(s.camera, s.width, s.height, s.intrinsics, _transform(s.extrinsics)),
-                    s.stamp_ns,
-                    s.path.read_bytes(),
-                    _pose(s),
-                )
-                for s in taken
-            ),
-            position_std=float(max(deviation[0], deviation[7])),
-            yaw_std=float(deviation[35]),
-        )
+def _estimate(row: Mapping[str, Any]) -> Estimate:
+    w, x, y, z = row["rotation"]
+    deviation = np.sqrt(np.clip(row["covariance"], 0.0, None))
+    pose = transform_from(np.array(row["translation"]), np.array([x, y, z, w]))
+    return pose, float(max(deviation[0], deviation[7])), float(deviation[35])
 
 
-def _pose(shot: Shot) -> NDArray[np.float64]:
-    return _transform(shot.pose)
-
-
-def _transform(xyz_xyzw: tuple[list[float], list[float]]) -> NDArray[np.float64]:
-    return transform_from(np.array(xyz_xyzw[0]), np.array(xyz_xyzw[1]))
+def scene_frames(scene: Scene) -> SceneFrames:
+    """Read the images of a scene; :class:`NmpError` names the first that is missing."""
+    frames = []
+    for sample in scene.samples:
+        shots, stated = [], []
+        for shot in sample.shots:
+            try:
+                image = shot.path.read_bytes()
+            except OSError as error:
+                raise NmpError(
+                    f"sample {sample.token} of {scene.name}: cannot read {shot.path} ({error.strerror}): unpack the "
+                    "camera files of this scene"
+                ) from error
+            stated.append(scene.estimates[shot.path] if scene.estimates else (shot.map_from_base, 0.0, 0.0))
+            shots.append(CameraShot(shot.camera, shot.stamp_ns, image, stated[-1][0]))
+        pose, position_std, yaw_std = stated[CAMERAS.index(ANCHOR_CAMERA)]
+        frames.append(Frame(sample.anchor.stamp_ns, sample.location, pose, tuple(shots), position_std, yaw_std))
+    true_poses = [s.anchor.map_from_base for s in scene.samples]
+    return SceneFrames(scene.name, scene.location, scene.samples[0].weather, frames, true_poses)
 
 
 class _History:
@@ -140,6 +189,96 @@ class _History:
         return f"trips before: {sum(near)}" if sum(near) < MANY_TRIPS else f"trips before: {MANY_TRIPS}+"
 
 
+def with_noise(scene: SceneFrames, noise: LocalisationNoise) -> SceneFrames:
+    """Return a scene as a car with worse localisation would have believed it; the true poses stay.
+
+    The error is that of :class:`LocalisationNoise`: it depends on the name of the scene and on the times of its frames
+    only. All images of a frame are moved alike.
+    """
+    if not scene.frames:
+        return scene
+    stamps = np.array([f.stamp_ns for f in scene.frames])
+    poses, covariance = noise.apply(
+        (stamps - stamps[0]) / 1e9, np.stack([f.map_from_base for f in scene.frames]), zlib.crc32(scene.name.encode())
+    )
+    position_std, yaw_std = np.sqrt(covariance[0, 0]), np.sqrt(covariance[5, 5])
+    frames = []
+    for frame, pose in zip(scene.frames, poses, strict=True):
+        moved = pose @ inverse(frame.map_from_base)
+        frames.append(
+            replace(
+                frame,
+                map_from_base=pose,
+                shots=tuple(replace(s, map_from_base=moved @ s.map_from_base) for s in frame.shots),
+                position_std=float(np.hypot(frame.position_std, position_std)),
+                yaw_std=float(np.hypot(frame.yaw_std, yaw_std)),
+            )
+        )
+    return replace(scene, frames=frames)
+
+
+class _Changes:
+    """Where a data set's cities have changed."""
+
+    def __init__(self, dataroot: Path, locations: set[str]) -> None:
+        self._changes = {place: read_changes(dataroot, place) for place in locations}
+        if not any(self._changes.values()):
+            raise NmpError(f"{dataroot} has no change log in maps/changes: leave out --changed")
+        self._areas: dict[tuple[str, int], BaseGeometry] = {}
+
+    def places(
+        self, location: str, date: str, pose: NDArray[np.float64], grid: BevGrid
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Return the cells [rows, cols] around a true pose [4, 4] that had ``changed`` by a day, and the others."""
+        due = in_force(self._changes[location], date)
+        if (location, len(due)) not in self._areas:
+            self._areas[location, len(due)] = shapely.union_all([_changed_area(change) for change in due])
+        x, y, yaw = float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose)
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [grid.length / 2, grid.width / 2]
+        turn = np.array([[np.cos(yaw), np.sin(yaw)], [-np.sin(yaw), np.cos(yaw)]])
+        near = self._areas[location, len(due)].intersection(shapely.polygons(corners @ turn + [x, y]))
+        if near.is_empty:
+            return {"unchanged": np.ones(grid.shape, bool)}
+        shapely.prepare(near)
+        cells = grid.centres() @ turn + [x, y]
+        changed = shapely.contains_xy(near, cells[..., 0], cells[..., 1])
+        return {"changed": changed, "unchanged": ~changed}
+
+
+def _changed_area(change: Change) -> BaseGeometry:
+    """Return what is within ``CHANGED_M`` of a change (map frame, m).
+
+    A record that moves in one place is removed and added as a whole: only where old and new differ counts.
+    """
+    areas = []
+    for layer in change.layers:
+        old, new = (
+            shapely.union_all([s.geometry for s in shapes if s.layer == layer])
+            for shapes in (change.removed, change.added)
+        )
+        areas += [a.difference(b.buffer(SAME_M)).buffer(CHANGED_M) for a, b in ((old, new), (new, old))]
+    return shapely.union_all(areas)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is scored, and how."""
+
+    weights: Path | None
+    """.safetensors file, None for the weights that come with nmp"""
+    dataroot: Path
+    protocol: str
+    scenes: tuple[Scene, ...]
+    """to score, in the order in which they were driven"""
+    train: tuple[Scene, ...] = ()
+    """to write the prior of ``train_trips``, in the order in which they were driven"""
+    device: str | None = None
+    """None leaves the choice to the mapper"""
+    noise: LocalisationNoise | None = None
+    vectors: bool = True
+    changed: bool = False
+
+
 def evaluate_dataset(
     weights: Path | None,
     dataroot: Path,
@@ -148,6 +287,11 @@ def evaluate_dataset(
     *,
     scenes: Sequence[str] | None = None,
     train_scenes: Sequence[str] = (),
+    device: str | None = None,
+    noise: LocalisationNoise | None = None,
+    vectors: bool = True,
+    changed: bool = False,
+    workers: int = 1,
     progress: bool = True,
 ) -> Breakdown:
     """Map the scenes (all by default) under a protocol of ``PROTOCOLS`` and score every keyframe.
@@ -158,68 +302,248 @@ def evaluate_dataset(
 
     :param weights: .safetensors file, None for the weights that come with nmp
     :param train_scenes: for ``train_trips``: they write the prior, and are not scored
+    :param device: of the mapper; ``cuda`` deals the GPUs out to the processes
+    :param noise: an error of the poses that the mapper is told, on top of that of the data set
+    :param vectors: score map elements, too
+    :param changed: score the places that have changed since the map was drawn apart from the others
+    :param workers: processes. Scenes that meet stay together, so the scores are those of one process. Under torchrun
+        its processes share the work instead, and each returns the scores of all.
 
     Raises :class:`NmpError` for an unknown protocol, version or scene, and for a map or image that is missing.
+    """
+    if protocol not in PROTOCOLS:
+        raise NmpError(f"there is no protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
+    if workers < 1:
+        raise NmpError(f"--workers {workers} is out of range: choose 1 or more")
+    if scenes is not None and not scenes:
+        raise NmpError(f"no scenes to score in {dataroot} {version}: choose a split that has some")
+    train_names = {*train_scenes} if protocol == "train_trips" else set()
+    if protocol == "train_trips" and not train_names:
+        raise NmpError("no scenes write the prior of train_trips: choose a --train-split that has some")
+    if both := sorted({*(scenes or ())} & train_names):
+        raise NmpError(
+            f"{both[0]} would be scored on a prior that it wrote itself: choose --split and --train-split apart"
+        )
+    everything = read_scenes(dataroot, version, None if scenes is None else sorted({*scenes} | train_names))
+    job = Job(
+        weights,
+        Path(dataroot),
+        protocol,
+        scenes=tuple(s for s in everything if s.name not in train_names),
+        train=tuple(s for s in everything if s.name in train_names),
+        device=device,
+        noise=noise,
+        vectors=vectors,
+        changed=changed,
+    )
+    # What is missing should be told of before hours of mapping.
+    maps, locations = CityMaps(job.dataroot), {s.location for s in job.scenes}
+    for location in sorted(locations):
+        maps.city(location)
+    if changed:
+        _Changes(job.dataroot, locations)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _on_torchrun(job, progress)
+    if workers > 1:
+        return _on_processes(shards(job, workers), progress)
+    with tqdm(total=len(job.train) + len(job.scenes), unit="scene", disable=not progress) as bar:
+        return score(job, bar.update)
+
+
+def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
+    """Map and score the scenes of a job, one after the other and with one mapper.
+
+    :param scene_done: called after every scene
     """
     # The network is slow to import, so only where it is needed.
     from nmp.mapper import OnlineMapper
 
-    if protocol not in PROTOCOLS:
-        raise NmpError(f"there is no protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
-    nusc = load_nuscenes(dataroot, version)
-    order = sorted(nusc.scene, key=lambda s: nusc.get("sample", s["first_sample_token"])["timestamp"])
-    everything = [s["name"] for s in order]
-    if unknown := sorted({*(scenes or ()), *train_scenes} - set(everything)):
-        more = f" (one of {len(unknown)})" if len(unknown) > 1 else ""
-        raise NmpError(f"{dataroot} {version} has no {unknown[0]}{more}: choose a split of this data set")
-    chosen = [n for n in everything if scenes is None or n in scenes]
-    if not chosen:
-        raise NmpError(f"no scenes to score in {dataroot} {version}: choose a split that has some")
-    train = [n for n in everything if n in train_scenes] if protocol == "train_trips" else []
-    if protocol == "train_trips" and not train:
-        raise NmpError("no scenes write the prior of train_trips: choose a --train-split that has some")
-    if both := sorted({*chosen} & {*train}):
-        raise NmpError(
-            f"{both[0]} would be scored on a prior that it wrote itself: choose --split and --train-split apart"
-        )
-    maps = CityMaps(dataroot)
-    for location in {nusc.get("log", s["log_token"])["location"] for s in order if s["name"] in chosen}:
-        maps.city(location)  # a map that is missing should be told of before hours of mapping
+    maps = CityMaps(job.dataroot)
+    changes = _Changes(job.dataroot, {s.location for s in job.scenes}) if job.changed else None
     history = _History()
-    with (
-        tempfile.TemporaryDirectory(prefix="nmp-eval-") as folder,
-        tqdm(total=len(train) + len(chosen), unit="scene", disable=not progress) as bar,
-    ):
-        shared, own = Path(folder, "shared"), Path(folder, "own")
-        if train:
-            with OnlineMapper(weights, shared) as mapper:
-                for name in train:
-                    scene = scene_frames(nusc, name)
-                    for frame in scene.frames:
-                        mapper.update(frame)
-                    history.add(scene)
-                    bar.update()
-        breakdown: Breakdown | None = None
-        for name in chosen:
-            scene = scene_frames(nusc, name)
-            if protocol == "train_trips":
-                shutil.copytree(shared, own)
-            prior = shared if protocol == "earlier_trips" else own
-            with OnlineMapper(weights, prior, use_prior=protocol != "no_prior") as mapper:
-                breakdown = breakdown or Breakdown(mapper.grid)
-                for frame, pose in zip(scene.frames, scene.true_poses, strict=True):
-                    city = maps.city(scene.location, local_date(scene.location, frame.stamp_ns))
-                    truth = rasterize(city, float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose), mapper.grid)
-                    labels = [scene.weather]
-                    if protocol in ("earlier_trips", "train_trips"):
-                        labels.append(history.label(scene.location, pose))
-                    breakdown.add(mapper.update(frame).masks, truth, labels)
-            shutil.rmtree(own, ignore_errors=True)
-            if protocol == "earlier_trips":
+    more: dict[str, Any] = {} if job.device is None else {"device": job.device}
+    with tempfile.TemporaryDirectory(prefix="nmp-eval-") as folder:
+        shared = Path(folder, "shared")
+        with OnlineMapper(job.weights, shared, use_prior=job.protocol != "no_prior", **more) as mapper:
+            breakdown = Breakdown(mapper.grid)
+            for written in job.train:
+                scene = _believed(written, job)
+                for frame in scene.frames:
+                    _map(mapper, scene, frame)
                 history.add(scene)
-            bar.update()
-    assert breakdown is not None
+                scene_done()
+            for number, scored in enumerate(job.scenes):
+                scene = _believed(scored, job)
+                own = Path(folder, f"own-{number}")
+                if job.protocol in ("empty", "train_trips"):
+                    # Closed, the mapper lets go of the prior, and opens the one in its folder with the next frame.
+                    mapper.close()
+                    if shared.is_dir():
+                        shutil.copytree(shared, own)
+                    mapper.prior_dir = own
+                for frame, pose in zip(scene.frames, scene.true_poses, strict=True):
+                    day = local_date(scene.location, frame.stamp_ns)
+                    city, place = maps.city(scene.location, day), (float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose))
+                    labels = [scene.weather]
+                    if job.protocol in SHARED:
+                        labels.append(history.label(scene.location, pose))
+                    found = _map(mapper, scene, frame)
+                    breakdown.add(
+                        found.masks,
+                        rasterize(city, *place, mapper.grid),
+                        labels,
+                        places=changes.places(scene.location, day, pose, mapper.grid) if changes else None,
+                        elements=vectorize(found.probabilities, mapper.grid) if job.vectors else None,
+                        true_lines=truth_lines(city, *place, mapper.grid) if job.vectors else None,
+                    )
+                if job.protocol == "earlier_trips":
+                    history.add(scene)
+                else:
+                    mapper.close()
+                    shutil.rmtree(own, ignore_errors=True)
+                scene_done()
     return breakdown
+
+
+def _believed(scene: Scene, job: Job) -> SceneFrames:
+    frames = scene_frames(scene)
+    return frames if job.noise is None else with_noise(frames, job.noise)
+
+
+def _map(mapper: OnlineMapper, scene: SceneFrames, frame: Frame) -> LocalMap:
+    try:
+        return mapper.update(frame)
+    except NmpError as error:
+        raise NmpError(f"{scene.name}, frame of {frame.stamp_ns} ns: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def shards(job: Job, count: int) -> list[Job]:
+    """Part a job into at most ``count`` that give, merged, exactly the scores of the whole.
+
+    Where scenes share a prior, all scenes that come within ``APART_M`` of each other, directly or over others, stay
+    together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
+    """
+    everything = (*job.train, *job.scenes)
+    lengths = np.array([len(s.samples) for s in everything])
+    group = np.arange(len(everything))
+    if job.protocol in SHARED:
+        from nmp_train.data.sampler import Places
+
+        samples = [sample for scene in everything for sample in scene.samples]
+        where = Places(
+            place=np.unique([s.location for s in samples], return_inverse=True)[1],
+            xy=np.array([s.anchor.translation[:2] for s in samples]),
+            scene=np.repeat(group, lengths),
+            time_s=np.zeros(len(samples)),
+        )
+        group = where.streets(APART_M)
+    size = np.bincount(group, weights=lengths).astype(int)
+    if size.max() * count > 1.5 * size.sum():
+        log.info("%d of %d frames lie in one connected part of a city and stay in one process", size.max(), size.sum())
+    load, owner = np.zeros(count, int), np.zeros(len(size), int)
+    for k in np.argsort(-size, kind="stable"):
+        owner[k] = load.argmin()
+        load[owner[k]] += size[k]
+    of = owner[group]
+    parts = [
+        replace(
+            job,
+            train=tuple(s for s, k in zip(job.train, of, strict=False) if k == part),
+            scenes=tuple(s for s, k in zip(job.scenes, of[len(job.train) :], strict=True) if k == part),
+            device=_device(job.device, part),
+        )
+        for part in range(count)
+    ]
+    return [part for part in parts if part.scenes]
+
+
+def _device(device: str | None, process: int) -> str | None:
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{process % max(1, torch.cuda.device_count())}"
+
+
+def _on_torchrun(job: Job, progress: bool) -> Breakdown:
+    import torch.distributed as dist
+
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo")
+    try:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        parts = shards(job, ranks)
+        mine = None
+        if rank < len(parts):
+            part = replace(parts[rank], device=_device(job.device, int(os.environ.get("LOCAL_RANK", rank))))
+            total = len(part.train) + len(part.scenes)
+            with tqdm(total=total, unit="scene", disable=not progress or rank > 0) as bar:
+                mine = score(part, bar.update)
+        gathered: list[Breakdown | None] = [None] * ranks
+        dist.all_gather_object(gathered, mine)
+    finally:
+        if started:
+            dist.destroy_process_group()
+    return merged([b for b in gathered if b is not None])
+
+
+def merged(parts: Sequence[Breakdown]) -> Breakdown:
+    """Return the scores of all parts together, at least one."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.merge(part)
+    return whole
+
+
+def _on_processes(parts: Sequence[Job], progress: bool) -> Breakdown:
+    context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+    counter, stop = context.Value("q", 0), context.Value("b", 0)
+    total = sum(len(p.train) + len(p.scenes) for p in parts)
+    threads = max(1, (os.cpu_count() or 1) // len(parts))
+    with (
+        tqdm(total=total, unit="scene", disable=not progress) as bar,
+        ProcessPoolExecutor(len(parts), context, _start_worker, (counter, stop, threads)) as pool,
+    ):
+        futures = [pool.submit(_work, part) for part in parts]
+        try:
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    future.result()  # raises what went wrong, before the others are done
+        finally:
+            stop.value = 1
+    return merged([future.result() for future in futures])
+
+
+_worker: dict[str, Any] = {}
+"""what a worker process shares with its parent"""
+
+
+class _Stopped(Exception):
+    """Another process failed, so nobody waits for this one."""
+
+
+def _start_worker(counter: Any, stop: Any, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    _worker.update(counter=counter, stop=stop)
+
+
+def _work(part: Job) -> Breakdown:
+    def scene_done() -> None:
+        with _worker["counter"].get_lock():
+            _worker["counter"].value += 1
+        if _worker["stop"].value:
+            raise _Stopped
+
+    return score(part, scene_done)
 
 
 def split_scenes(split: str, dataroot: Path, version: str) -> list[str]:
@@ -257,6 +581,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the scenes of this split, of <version>/splits.json or of the official devkit (default: all scenes)",
     )
     parser.add_argument("--train-split", default="train", help="for train_trips (default: %(default)s)")
+    parser.add_argument(
+        "--vectors",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="score map elements, too: Chamfer distance and average precision",
+    )
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help=f"score places within {CHANGED_M:g} m of what changed (maps/changes) apart from the others",
+    )
+    parser.add_argument(
+        "--pose-noise", type=float, default=0.0, metavar="M", help="standard deviation of an added error of x and y, m"
+    )
+    parser.add_argument(
+        "--yaw-noise", type=float, default=0.0, metavar="RAD", help="standard deviation of an added error of yaw, rad"
+    )
+    parser.add_argument("--device", help="cuda or cpu; cuda deals the GPUs out to the processes")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the scores are the same (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
 
 
@@ -266,12 +609,28 @@ def run(args: argparse.Namespace) -> None:
         raise NmpError("train_trips scores other scenes than those of --train-split: name them with --split")
     scenes = None if args.split is None else split_scenes(args.split, args.dataroot, args.version)
     train = split_scenes(args.train_split, args.dataroot, args.version) if args.protocol == "train_trips" else []
+    noisy = args.pose_noise != 0 or args.yaw_noise != 0
     result = evaluate_dataset(
-        args.weights, args.dataroot, args.version, args.protocol, scenes=scenes, train_scenes=train
+        args.weights,
+        args.dataroot,
+        args.version,
+        args.protocol,
+        scenes=scenes,
+        train_scenes=train,
+        device=args.device,
+        noise=LocalisationNoise(args.pose_noise, args.yaw_noise) if noisy else None,
+        vectors=args.vectors,
+        changed=args.changed,
+        workers=args.workers,
     )
-    scores = result.percent()
-    frames = {name: result.meters[name].frames for name in scores}
-    print(format_table({f"{name} ({frames[name]})": row for name, row in scores.items()}))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    scores = result.scores()
+    title = {name: f"{name} ({row['frames']})" for name, row in scores.items()}
+    print(format_table({title[name]: row for name, row in scores.items()}))
+    if args.vectors:
+        print()
+        print(format_vectors({title[name]: row for name, row in scores.items()}))
     if args.json:
-        rows = {name: {**nan_as_null(row), "frames": frames[name]} for name, row in scores.items()}
-        write_json(args.json, {"protocol": args.protocol, "split": args.split, **rows.pop("all"), "breakdown": rows})
+        how = {key: getattr(args, key) for key in ("protocol", "split", "pose_noise", "yaw_noise")}
+        write_json(args.json, nan_as_null({**how, **scores.pop("all"), "breakdown": scores}))

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from nmp.changelog import Change, apply_changes
@@ -20,9 +21,14 @@ from nmp.citymap import CityMap
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, Frame
 from nmp.geometry import BevGrid, yaw_of
+from nmp.metrics import Breakdown
+from nmp.model import BEVNetwork, NetworkConfig
+from nmp.model.weights import save_network
 from nmp.truth import rasterize
 from nmp_train.cli import main
-from nmp_train.evaluate import PROTOCOLS, evaluate_dataset, scene_frames, split_scenes, weather_of
+from nmp_train.evaluate import PROTOCOLS, Job, evaluate_dataset, merged, read_scenes, scene_frames, shards, split_scenes
+from nmp_train.evaluate import score as score_job
+from nmp_train.recordings import weather_of
 from nmp_train.sim.changes import draw_changes
 from nmp_train.sim.city import generate_city
 from nmp_train.sim.dataset import Drive, write_dataset
@@ -36,7 +42,7 @@ FRAMES = 3
 """of every scene"""
 FIRST_DAY, LAST_DAY = "2018-08-01", "2018-09-01"
 
-HERE, FAR = 0.0, 60.0
+HERE, FAR = 0.0, 90.0
 """how far a scene is from a place that changes, m"""
 SCENES = {
     # Names do not follow time: the third drive is named first.
@@ -46,6 +52,14 @@ SCENES = {
     "scene-0001": (LAST_DAY, "night rain", HERE),
 }
 """day, weather and place by name, in the order in which they were driven"""
+
+
+SPLITS: dict[str, list[str]] = {
+    "train": ["scene-0002", "scene-0003"],
+    "val": ["scene-0001"],
+    "two": ["scene-0002", "scene-0004"],
+    "empty": [],
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         progress=False,
         changes={BOSTON: changes},
         localisation=LocalisationNoise(0.6, 0.02),
-        splits={"train": ["scene-0002", "scene-0003"], "val": ["scene-0001"], "empty": []},
+        splits=SPLITS,
     )
     return Site(out, tables, changes, drives, first_stamps(out))
 
@@ -125,29 +139,41 @@ class Mapper:
     """Stands in for the online mapper: draws what it is told to, and writes down what it was given."""
 
     draw: Callable[[Frame], NDArray[np.uint8]]
-    runs: list[tuple[bool, list[str], list[Frame]]] = field(default_factory=list)
-    """use_prior, the scenes that the prior was made of, and the frames, of every mapper that was opened"""
+    runs: list[tuple[list[str], list[Frame]]] = field(default_factory=list)
+    """the scenes that the prior was made of, and the frames, of every prior that was opened"""
+    opened: list[dict[str, Any]] = field(default_factory=list)
+    """the options of every mapper that was opened"""
     name_of: Callable[[Frame], str] = lambda frame: ""
     grid = GRID
+    ready = False
 
-    def open(self, weights: Path | None, prior_dir: Path, *, use_prior: bool = True) -> Mapper:
+    def open(self, weights: Path | None, prior_dir: Path, **options: Any) -> Mapper:
         self.prior_dir = prior_dir
-        known = sorted(p.name for p in prior_dir.iterdir()) if prior_dir.is_dir() else []
-        self.runs.append((use_prior, known, []))
+        self.opened.append(options)
         return self
 
     def update(self, frame: Frame) -> Any:
-        self.runs[-1][2].append(frame)
-        if self.runs[-1][0]:
+        use_prior = self.opened[-1]["use_prior"]
+        name = self.name_of(frame)
+        if not self.ready or not use_prior or self.runs[-1][1] and self.name_of(self.runs[-1][1][-1]) != name:
+            known = sorted(p.name for p in self.prior_dir.iterdir()) if self.prior_dir.is_dir() else []
+            self.runs.append((known, []))
+            self.ready = True
+        self.runs[-1][1].append(frame)
+        if use_prior:
             self.prior_dir.mkdir(parents=True, exist_ok=True)
-            (self.prior_dir / self.name_of(frame)).touch()
-        return SimpleNamespace(masks=self.draw(frame))
+            (self.prior_dir / name).touch()
+        masks = self.draw(frame)
+        return SimpleNamespace(masks=masks, probabilities=masks.astype(np.float32))
+
+    def close(self) -> None:
+        self.ready = False
 
     def __enter__(self) -> Mapper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        pass
+        self.close()
 
 
 @pytest.fixture
@@ -177,9 +203,8 @@ def test_truth_is_at_the_true_pose_in_the_map_of_the_day(site: Site, mapper: Map
 
 
 def test_frames_carry_what_the_car_believed(site: Site, mapper: Mapper) -> None:
-    from nmp.bags.nuscenes_to_bag import load_nuscenes
-
-    scene = scene_frames(load_nuscenes(site.root, VERSION), "scene-0002")
+    (table,) = read_scenes(site.root, VERSION, ["scene-0002"])
+    scene = scene_frames(table)
     assert (scene.location, scene.weather, len(scene.frames)) == (BOSTON, "rain", FRAMES)
     for frame, true in zip(scene.frames, scene.true_poses, strict=True):
         assert [s.camera.name for s in frame.shots][0] == ANCHOR_CAMERA and len(frame.shots) == 6
@@ -230,32 +255,36 @@ def test_the_fifth_trip_and_all_after_it_are_one_row(site: Site, mapper: Mapper)
 @pytest.mark.parametrize(
     ("protocol", "expected"),
     [
-        ("no_prior", [(False, []), (False, []), (False, []), (False, [])]),
-        ("empty", [(True, []), (True, []), (True, []), (True, [])]),
+        ("empty", [[], [], [], []]),
         (
             "earlier_trips",
             [
-                (True, []),
-                (True, ["scene-0003"]),
-                (True, ["scene-0002", "scene-0003"]),
-                (True, ["scene-0002", "scene-0003", "scene-0004"]),
+                [],
+                ["scene-0003"],
+                ["scene-0002", "scene-0003"],
+                ["scene-0002", "scene-0003", "scene-0004"],
             ],
         ),
     ],
 )
-def test_priors_of_the_protocols(
-    protocol: str, expected: list[tuple[bool, list[str]]], site: Site, mapper: Mapper
-) -> None:
+def test_priors_of_the_protocols(protocol: str, expected: list[list[str]], site: Site, mapper: Mapper) -> None:
     score(site, protocol)
-    assert [run[:2] for run in mapper.runs] == expected
-    assert [mapper.name_of(run[2][0]) for run in mapper.runs] == list(SCENES)
+    assert mapper.opened == [{"use_prior": True}]
+    assert [run[0] for run in mapper.runs] == expected
+    assert [mapper.name_of(run[1][0]) for run in mapper.runs] == list(SCENES)
     assert not mapper.prior_dir.exists()
+
+
+def test_without_a_prior_one_mapper_sees_all_scenes_in_order(site: Site, mapper: Mapper) -> None:
+    score(site, "no_prior", device="cpu")
+    assert mapper.opened == [{"use_prior": False, "device": "cpu"}]
+    assert [mapper.name_of(run[1][0]) for run in mapper.runs][::FRAMES] == list(SCENES)
 
 
 def test_train_trips_score_every_scene_on_the_same_prior(site: Site, mapper: Mapper) -> None:
     train = ["scene-0002", "scene-0003"]
     result = score(site, "train_trips", scenes=["scene-0001", "scene-0004"], train_scenes=train)
-    assert [run[1] for run in mapper.runs] == [[], train, train]
+    assert [run[0] for run in mapper.runs] == [[], ["scene-0003"], train, train]
     frames = {name: meter.frames for name, meter in result.meters.items()}
     assert frames["all"] == 2 * FRAMES and frames["trips before: 2"] == frames["trips before: 0"] == FRAMES
     assert "rain" not in frames and frames["night rain"] == FRAMES
@@ -330,7 +359,145 @@ def test_the_command_with_the_shipped_weights(site: Site, tmp_path: Path, capsys
     assert (scores["protocol"], scores["split"], scores["frames"]) == ("empty", "val", FRAMES)
     # Blank images have nothing to see.
     assert 0 <= scores["divider"] < 40
+    assert set(scores["chamfer_m"]["recall"]) == {"divider", "crossing", "boundary", "mean"}
+    assert list(scores["average_precision"]) == ["all", "0.5 m", "1 m", "1.5 m"]
     assert set(scores["breakdown"]) == {"night rain", "0-10 m", "10-20 m", "20-40 m"}
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network that answers to its prior."""
+    torch.manual_seed(3)
+    network = BEVNetwork(
+        NetworkConfig(
+            backbone_stages=2,
+            input_width=64,
+            input_height=32,
+            neck_channels=4,
+            bev_channels=8,
+            prior_channels=4,
+            feature_resolution=0.6,
+            layer_resolution=0.3,
+            prior_cell=0.6,
+        )
+    )
+    torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.3)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_network(network, path, {})
+    return path
+
+
+def jobs(site: Site, protocol: str, count: int, **more: Any) -> list[list[str]]:
+    """Return the names of the scenes of each part."""
+    scenes = [s for s in read_scenes(site.root, VERSION) if s.name != more.get("train")]
+    train = [s for s in read_scenes(site.root, VERSION) if s.name == more.get("train")]
+    parts = shards(Job(None, site.root, protocol, tuple(scenes), tuple(train)), count)
+    return [[s.name for s in (*part.train, *part.scenes)] for part in parts]
+
+
+def test_scenes_that_meet_stay_in_one_process(site: Site) -> None:
+    near = ["scene-0003", "scene-0002", "scene-0001"]
+    assert jobs(site, "earlier_trips", 3) == [near, ["scene-0004"]]
+    # Alone with its own prior, every scene can go anywhere; the order of driving stays.
+    assert jobs(site, "empty", 2) == [["scene-0003", "scene-0004"], ["scene-0002", "scene-0001"]]
+    # The scene that writes the prior goes where those are scored that see it.
+    assert jobs(site, "train_trips", 2, train="scene-0001") == [["scene-0001", *near[:2]], ["scene-0004"]]
+    assert jobs(site, "train_trips", 2, train="scene-0004") == [near]
+
+
+def test_parts_merged_are_the_whole(site: Site, weights: Path) -> None:
+    chosen = tuple(read_scenes(site.root, VERSION, ["scene-0002", "scene-0003", "scene-0004"]))
+    whole = Job(weights, site.root, "earlier_trips", chosen, changed=True, vectors=False)
+    parts = shards(whole, 2)
+    assert len(parts) == 2
+    serial = score_job(whole)
+    # json, because a score that is not defined is a NaN, which equals nothing
+    assert as_json(merged([score_job(part) for part in reversed(parts)])) == as_json(serial)
+    # The scores depend on the prior, or nothing would be shown.
+    apart = score_job(replace(whole, protocol="empty", scenes=chosen[:2]))
+    assert apart.meters["rain"].intersection.tolist() != serial.meters["rain"].intersection.tolist()
+
+
+def as_json(breakdown: Breakdown) -> str:
+    return json.dumps(breakdown.scores(), sort_keys=True)
+
+
+def test_two_processes_give_the_scores_of_one(site: Site, weights: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(weights), "--dataroot", str(site.root), "--protocol", "earlier_trips", "--split", "two"]
+    for workers in (1, 2):
+        more = ["--pose-noise", "0.3", "--workers", str(workers), "--json", str(tmp_path / f"{workers}.json")]
+        assert main([*arguments, *more]) == 0
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+def test_what_goes_wrong_in_a_process_is_told(
+    site: Site, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(site.root, tmp_path / "data")
+    next((tmp_path / "data" / "samples" / "CAM_BACK").iterdir()).write_bytes(b"no image")
+    arguments = ["eval", str(weights), "--dataroot", str(tmp_path / "data"), "--protocol", "empty", "--workers", "2"]
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith("nmp-train: error: scene-000") and "cam_back: image data cannot be decoded" in shown
+    next((tmp_path / "data" / "samples" / "CAM_FRONT").iterdir()).unlink()
+    with pytest.raises(NmpError, match=r"cannot read .*CAM_FRONT.*unpack the camera files"):
+        for scene in read_scenes(tmp_path / "data", VERSION):
+            scene_frames(scene)
+
+
+# ------------------------------------------------------------------------- localisation, changed places, elements
+
+
+def test_added_noise_moves_what_the_mapper_is_told_and_not_the_truth(site: Site, mapper: Mapper) -> None:
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns)
+    noise = LocalisationNoise(0.5, 0.01)
+    assert score(site, noise=noise).percent()["all"]["miou"] == pytest.approx(100.0, abs=0.5)
+    noisy = [frame for run in mapper.runs for frame in run[1]]
+    mapper.runs.clear()
+    score(site)
+    exact = [frame for run in mapper.runs for frame in run[1]]
+    offsets = []
+    for believed, frame in zip(noisy, exact, strict=True):
+        moved = believed.map_from_base @ np.linalg.inv(frame.map_from_base)
+        for a, b in zip(believed.shots, frame.shots, strict=True):
+            np.testing.assert_allclose(a.map_from_base, moved @ b.map_from_base, atol=1e-9)
+        offsets.append((believed.map_from_base - frame.map_from_base)[:2, 3])
+        assert believed.position_std == pytest.approx(np.hypot(0.6, 0.5))
+    assert 0.2 < np.std(offsets) < 1.0
+    # every drive has an error of its own, which is the same each time
+    assert len({tuple(np.round(o, 9)) for o in offsets}) == len(offsets)
+    mapper.runs.clear()
+    score(site, noise=noise, scenes=["scene-0001"])
+    again = [f.map_from_base for run in mapper.runs for f in run[1]]
+    np.testing.assert_array_equal(again, [f.map_from_base for f in noisy[-FRAMES:]])
+
+
+def test_what_changed_is_scored_apart(site: Site, mapper: Mapper) -> None:
+    """A mapper that knows the first day only is wrong where the city has changed, and nowhere else."""
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns, date=FIRST_DAY)
+    rows = score(site, scenes=["scene-0001"], changed=True).scores()
+    assert rows["changed"]["miou"] < 90.0 and rows["unchanged"]["miou"] > 95.0
+    assert rows["changed"]["frames"] == rows["unchanged"]["frames"] == FRAMES
+    assert rows["changed"]["chamfer_m"]["chamfer"]["mean"] > 2 * rows["unchanged"]["chamfer_m"]["chamfer"]["mean"]
+    # On the first day nothing has changed yet.
+    assert "changed" not in score(site, scenes=["scene-0003"], changed=True).scores()
+
+
+def test_without_a_change_log_nothing_can_be_told_apart(site: Site, mapper: Mapper, tmp_path: Path) -> None:
+    shutil.copytree(site.root, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "maps" / "changes")
+    with pytest.raises(NmpError, match="no change log in maps/changes: leave out --changed"):
+        evaluate_dataset(None, tmp_path / "data", VERSION, "no_prior", changed=True, progress=False)
+
+
+def test_elements_of_perfect_layers_are_nearly_perfect(site: Site, mapper: Mapper) -> None:
+    mapper.draw = lambda frame: site.truth(frame.stamp_ns)
+    row = score(site).scores()["all"]
+    assert row["average_precision"]["0.5 m"]["mean"] > 80.0 and row["chamfer_m"]["chamfer"]["mean"] < 0.3
+    assert "average_precision" not in score(site, vectors=False).scores()["all"]
 
 
 def test_help_names_the_protocols(capsys: pytest.CaptureFixture[str]) -> None:
