@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -35,6 +36,15 @@ by side for several of them. A source is a file or folder of trajectories (as fo
 plan ('nmp-train sim --bench --plan') or a nuScenes data root.
 
   nmp-train overlap drives.json plan.json ~/nuscenes --version v1.0-trainval"""
+
+_MODULES = {
+    "fit": "train a network from a YAML configuration",
+    "eval": "score weights on a nuScenes data set",
+    "splits": "divide the scenes of a data set into training and validation",
+    "export": "write weights for the node",
+}
+"""commands that are modules of their own, each with ``add_arguments`` and ``run``"""
+_FILES = {"eval": "evaluate"}
 
 _MODES = {
     "routes": ("plain",),
@@ -108,21 +118,6 @@ def _overlap(arguments: argparse.Namespace) -> None:
     from nmp_train.sim.overlap import compare
 
     print(compare(arguments.source, arguments.version, arguments.json))
-
-
-def _fit(arguments: argparse.Namespace) -> None:
-    from nmp_train.config import load_config
-    from nmp_train.fit import fit
-
-    config = load_config(arguments.config, arguments.override)
-    fit(
-        config,
-        arguments.out,
-        start=arguments.start,
-        backbone=arguments.backbone,
-        first_stage=arguments.first_stage,
-        device_name=arguments.device,
-    )
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -204,23 +199,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     overlap.add_argument("--json", type=Path, metavar="FILE", help="write the statistics to this file as well")
     overlap.set_defaults(run=_overlap)
 
-    fit = commands.add_parser("fit", help="train a network from a YAML configuration")
-    fit.add_argument("config", type=Path)
-    fit.add_argument("override", nargs="*", help="key=value, for example stages.0.batch=8")
-    fit.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
-    fit.add_argument("--start", type=Path, help="weights to start from")
-    fit.add_argument("--backbone", type=Path, help="weights of another network whose backbone to start from")
-    fit.add_argument("--first-stage", type=int, default=1, help="skip the stages before this one (default 1)")
-    fit.add_argument("--device", help="cuda or cpu (default: cuda when there is one)")
-    fit.set_defaults(run=_fit)
-
-    score = commands.add_parser("eval", help="score weights on a nuScenes data set", formatter_class=plain)
     # Imported only when it is asked for: the help of the other commands stays instant.
-    if next((a for a in argv if not a.startswith("-")), None) == "eval":
-        from nmp_train import evaluate
-
-        evaluate.add_arguments(score)
-        score.set_defaults(run=evaluate.run)
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for name, text in _MODULES.items():
+        command = commands.add_parser(name, help=text, formatter_class=plain)
+        if name == asked:
+            module = importlib.import_module(f"nmp_train.{_FILES.get(name, name)}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 

@@ -71,6 +71,9 @@ def _load_mapper(node: MappingNode) -> Mapper:
         Path(prior_dir).expanduser() if prior_dir else None,
         use_prior=node.settings["use_prior"],
         flush_interval_s=node.settings["flush_interval"],
+        device=node.settings["device"],
+        precision=node.settings["precision"],
+        compiled=node.settings["compile"],
     )
 
 
@@ -141,6 +144,9 @@ class MappingNode(Node):
         declare("prior_dir", "", "Folder of the stored city map; empty: ~/.local/share/nmp/prior.")
         declare("location", "", "City of the prior, e.g. boston-seaport; empty: wait for the topic 'location'.")
         declare("use_prior", True, "False: the network alone, nothing is remembered.")
+        declare("device", "auto", "What computes the network: cpu, cuda, cuda:1 ... or auto, a GPU where there is one.")
+        declare("precision", "auto", "Of the network: fp32, bf16, or auto, bf16 on a GPU that computes in it.")
+        declare("compile", False, "Compile the network for the GPU: a minute at the start, then faster frames.")
         declare("max_camera_spread", 0.1, "Longest time, s, between the first and last image of a frame.", 1e-3, 10.0)
         declare("max_pose_age", 0.2, "Longest time, s, between an image and the poses around it.", 1e-3, 10.0)
         declare("queue_size", 2, "Frames that may wait for the network; when full, the oldest is dropped.", 1, 1000)
