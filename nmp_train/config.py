@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from nmp.errors import NmpError
 from nmp.model.config import NetworkConfig
+
+
+@dataclass(frozen=True)
+class RealWorldsConfig:
+    """Cities rendered from recorded maps and along recorded drives, beside the generated ones."""
+
+    maps: str
+    """folder with maps/expansion/*.json"""
+    trajectories: str
+    """drives through these maps, as for ``nmp-train sim --trajectories``"""
+    count: int = 8
+    """worlds: parts of a city, each around a cluster of scenes"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,39 @@ class WorldsConfig:
     difficulties: tuple[float, ...] = (1.0,)
     """how ambiguous the ground is (see :class:`nmp_train.sim.clutter.Clutter`): for training, cities take these in
     turn; for validation, every city is scored at each"""
+    changed_share: float = 0.0
+    """share of the cities that change between their first and their last drive; each takes twice the memory"""
+    real: RealWorldsConfig | None = None
+    """recorded maps to mix in"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A nuScenes folder, real or simulated, to train from instead of rendering."""
+
+    dataroot: str
+    version: str = "v1.0-trainval"
+    split: str = "train"
+    """scenes to train on: a name in ``<version>/splits.json``, or one of the official devkit"""
+    validation_split: str = "val"
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of what is trained on; 0 leaves each of them out."""
+
+    zoom: float = 0.0
+    """images are scaled by up to this share, up or down"""
+    shift: float = 0.0
+    """images are moved by up to this share of their size"""
+    colour: float = 0.0
+    """brightness, contrast and saturation change by up to this share"""
+    drop_camera: float = 0.0
+    """chance that a frame lacks one of its cameras"""
+    mirror: float = 0.0
+    """chance that a group is mirrored left to right"""
+    turn_rad: float = 0.0
+    """the vehicle frame is turned by up to this angle"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +92,7 @@ class StageConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 200
     freeze_images: bool = False
-    """keep backbone and neck as they are"""
+    """keep backbone and neck as they are, statistics of their batch norms included"""
 
 
 @dataclass(frozen=True)
@@ -54,25 +101,56 @@ class TrainConfig:
 
     seed: int = 0
     workers: int = 14
+    """processes that prepare data, for each training process"""
     supersample: int = 2
     """rays per pixel edge"""
+    sampler: Literal["geographic", "shuffled"] = "shuffled"
+    """order of the groups of recorded data: scenes that share streets on one lane, or any order"""
+    loss: Literal["ours", "published"] = "ours"
+    """of the layers: cross entropy and Dice, or the weighted cross entropy of the published networks"""
     positive_weight: float = 3.0
+    """loss ours: weight of drawn pixels in the cross entropy"""
+    backbone_rate: float = 1.0
+    """the backbone learns at this multiple of a stage's learning rate"""
     clip_norm: float = 10.0
+    """largest norm of a gradient"""
     ema_decay: float = 0.998
+    """the weights that are kept are an exponential moving average over the steps"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """of the network on a GPU; on a CPU it is always fp32"""
+    checkpointing: bool = False
+    """compute activations a second time in the backward pass instead of keeping them: less memory, a third slower"""
+    compile: bool = False
+    """compile the network (torch.compile): minutes at the start, faster steps"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints to resume from"""
     prior_dropout: float = 0.25
-    """share of frames that are decoded without a prior"""
-    position_noise_m: float = 0.05
-    yaw_noise_rad: float = 0.003
-    """pose error of the frames that make the prior"""
+    """share of the frames of a group that are also decoded without a prior"""
+    position_noise_m: float = 0.2
+    yaw_noise_rad: float = 0.01
+    """largest spread (standard deviation) of the pose error of a drive; each group has its own between 0 and this"""
+    validation_drives: int = 4
+    """drives of each held-out world that are scored after each stage"""
+    validation_trips: int = 3
+    """times that each of them is driven, 1 to 4"""
     validation_groups: int = 96
-    """groups of five held-out frames that are scored after each stage"""
+    """groups of held-out frames that are scored after each stage, of recorded data"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     worlds: WorldsConfig = field(default_factory=WorldsConfig)
     validation: WorldsConfig = field(default_factory=lambda: WorldsConfig(seeds=2, first_seed=500, drives=12))
+    data: DataConfig | None = None
+    """recorded images to train from; without it they are rendered from ``worlds``"""
     stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(group=5, batch=8, freeze_images=True))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """Return the configuration with every key, as :func:`load_config` reads it."""
+        # by way of JSON, which knows lists only: YAML would tag tuples
+        text: str = yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
+        return text
 
 
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
@@ -109,19 +187,33 @@ def _build(kind: Any, values: Any, where: str) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise NmpError(f"{where}: unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise NmpError(f"{where}: {', '.join(missing)} is missing")
     out: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]
         here = f"{where}: {name}"
+        if NoneType in get_args(hint):  # a section that may be left out
+            if value is None:
+                out[name] = None
+                continue
+            hint = next(option for option in get_args(hint) if option is not NoneType)
         if hint is NetworkConfig:
             out[name] = NetworkConfig.from_dict(value)
         elif dataclasses.is_dataclass(hint):
             out[name] = _build(hint, value, here)
+        elif get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise NmpError(f"{here} must be one of {', '.join(get_args(hint))}, got {value!r}")
+            out[name] = value
         elif name == "difficulties":
             if not isinstance(value, list) or not value or not all(isinstance(v, int | float) for v in value):
                 raise NmpError(f"{here} must be a list of numbers such as [0.5, 1.0], got {value!r}")
             out[name] = tuple(float(v) for v in value)
         elif name == "stages":
+            if not isinstance(value, list) or not value:
+                raise NmpError(f"{here} must be a list of at least one stage, got {value!r}")
             out[name] = tuple(_build(StageConfig, v, f"{here}[{i}]") for i, v in enumerate(value))
         else:
             if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,0 +1,47 @@
+"""Pose errors in training, and what the search for them should have found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nmp.model.fusion import Alignment
+from nmp.model.fusion.align import TURN_RAD, Aligner
+
+BLUR = 0.7
+"""how far beside the true motion an answer still counts, in steps of the search"""
+
+
+def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross entropy between the probabilities of all motions and the true one, 0 where they agree.
+
+    :param target: [B, 3] true motion in the ego frame of the given pose: forward, left (m), turn (rad)
+    :param weight: [B] how much a frame counts: nothing can be found where little is stored
+    """
+    c, s = torch.cos(target[:, 2]), torch.sin(target[:, 2])
+    forward = (c * target[:, 0] + s * target[:, 1]) / aligner.step_m  # shifts are counted in the turned frame
+    left = (c * target[:, 1] - s * target[:, 0]) / aligner.step_m
+    turn = target[:, 2] / TURN_RAD
+
+    def near(value: Tensor, steps: int) -> Tensor:
+        """Return [B, steps] shares around ``value``, which is moved into the range of the search."""
+        half = steps // 2
+        place = torch.arange(-half, half + 1, device=value.device)
+        far = (place - value.clamp(-half, half)[:, None]) / BLUR
+        return torch.softmax(-(far**2) / 2, dim=1)
+
+    turns, shifts = found.log_probability.shape[1:3]
+    expected = torch.einsum("bt,by,bx->btyx", near(turn, turns), near(left, shifts), near(forward, shifts))
+    entropy = torch.special.entr(expected).sum(dim=(1, 2, 3))
+    loss = -(expected * found.log_probability).sum(dim=(1, 2, 3)) - entropy
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def motion_between(start: Tensor, end: Tensor) -> Tensor:
+    """Return the motion [B, 3] in the frame of ``start`` that leads to ``end``.
+
+    It undoes :func:`~nmp.model.fusion.moved`.
+    """
+    c, s = torch.cos(start[:, 2]), torch.sin(start[:, 2])
+    dx, dy = end[:, 0] - start[:, 0], end[:, 1] - start[:, 1]
+    return torch.stack([c * dx + s * dy, c * dy - s * dx, end[:, 2] - start[:, 2]], dim=1)

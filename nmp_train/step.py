@@ -1,0 +1,266 @@
+"""One training step: a batch of groups in, losses out. The same for one process and for many."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nmp.model.fusion import Alignment, Memory, moved
+from nmp.model.network import BEVNetwork, Output
+from nmp_train.alignment import alignment_loss, motion_between
+from nmp_train.config import StageConfig, TrainConfig
+from nmp_train.data import Batch
+from nmp_train.losses import direction_loss, embedding_loss, layer_loss, published_loss
+
+ALIGNMENT_WEIGHT = 0.1
+REPEATS = (1.0, 1.0, 2.0, 4.0)
+"""how often a frame counts as seen, drawn at random: as if its place had been passed so often"""
+MARGIN_M = 2.0
+"""room around the window for errors of the pose"""
+
+
+@dataclass
+class Draws:
+    """What is drawn at random for a batch of B groups of T frames."""
+
+    offset: Tensor
+    """[B, T, 3] error (m, m, rad) of each drive of a group; there are at most as many drives as frames"""
+    jitter: Tensor
+    """[B, T, 3] error (m, m, rad) of each frame beside that of its drive"""
+    repeat: Tensor
+    """[B, T] how often a frame counts as seen"""
+    corner: Tensor
+    """[B, 2] where in a cell of the map (m) the last frame of a group stands"""
+    alone: Tensor
+    """[B, K] int64 frames that are also decoded without a prior"""
+
+    @classmethod
+    def of(cls, seeds: list[int], frames: int, config: TrainConfig, device: torch.device) -> Draws:
+        """Draw for groups of ``frames`` frames, each from its own seed, whichever process it is in."""
+        count = math.ceil(config.prior_dropout * frames)
+        rows: list[tuple[Any, ...]] = []
+        for seed in seeds:
+            rng = np.random.default_rng((seed, len(REPEATS)))
+            spread = np.array([config.position_noise_m, config.position_noise_m, config.yaw_noise_rad])
+            spread = spread * rng.uniform() ** 2  # good poses are trained more often than bad ones
+            # Errors last for a drive, or change from frame to frame, or do both: their squares share the spread.
+            share = rng.uniform()
+            rows.append(
+                (
+                    rng.normal(size=(frames, 3)) * spread * math.sqrt(1 - share),
+                    rng.normal(size=(frames, 3)) * spread * math.sqrt(share),
+                    rng.choice(REPEATS, frames),
+                    rng.uniform(0, config.network.prior_cell, 2),
+                    rng.permutation(frames)[:count],
+                )
+            )
+        *floats, alone = (np.stack(column) for column in zip(*rows, strict=True))
+        parts = [torch.from_numpy(values).float() for values in floats] + [torch.from_numpy(alone)]
+        if device.type == "cuda":
+            parts = [part.pin_memory() for part in parts]
+        return cls(*(part.to(device, non_blocking=True) for part in parts))
+
+
+class TrainingStep(nn.Module):
+    """Encode, remember and decode a batch, and judge the result.
+
+    With one frame a group the network is trained without a prior. With more, the frames of a group are gone through
+    in the order of time, with a window of the map that starts empty, as the mapper does.
+    """
+
+    def __init__(self, network: BEVNetwork, config: TrainConfig, stage: StageConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.stage = stage
+        self.frozen: tuple[nn.Module, ...] = (network.backbone, network.neck) if stage.freeze_images else ()
+        net = network.config
+        reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
+        self.window = 2 * math.ceil(reach / net.prior_cell)
+        """edge of the window, in cells"""
+        compiled: Callable[[Any], Any] = torch.compile if config.compile else lambda function: function
+        self._encode: Callable[..., Tensor] = compiled(network.encode)
+        self._alone: Callable[..., Output] = compiled(network.alone)
+        self._step: Callable[..., tuple[Output, Memory]] = compiled(network.step)
+        if config.checkpointing:
+            self._step = functools.partial(recomputed, network, self._step)
+
+    def train(self, mode: bool = True) -> TrainingStep:
+        """Switch to training; frozen parts stay as they are, the statistics of their batch norms included."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+    def forward(self, batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
+        """Return the loss of a batch, and the parts that it is the sum of, each a scalar.
+
+        :param draws: None for groups of one frame
+        """
+        bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
+        if draws is None:
+            return self._judge(self._alone(bev), batch.truth, batch.instance, batch.direction)
+        b, t = batch.pose.shape[:2]
+        frames = bev.unflatten(0, (b, t))
+        alone = self._alone(_chosen(frames, draws.alone))
+        outputs, aligned = self._drive(frames, batch, draws)
+        truths = (batch.truth, batch.instance, batch.direction)
+        logits = _joined([o.logits for o in outputs], alone.logits)
+        assert logits is not None
+        joined = Output(
+            logits,
+            _joined([o.embedding for o in outputs], alone.embedding),
+            _joined([o.direction for o in outputs], alone.direction),
+        )
+        losses = self._judge(
+            joined,
+            *(None if v is None else torch.cat([v, _chosen(v.unflatten(0, (b, t)), draws.alone)]) for v in truths),
+        )
+        if aligned is not None:
+            losses["alignment"] = ALIGNMENT_WEIGHT * aligned
+            losses["loss"] = losses["loss"] + losses["alignment"]
+        return losses
+
+    def answers(self, batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
+        """Return the logits [F, 3, rows, cols] of every frame on its own, and with the earlier frames of its group."""
+        bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
+        out = {"no prior": self._alone(bev).logits}
+        if draws is not None:
+            outputs, _ = self._drive(bev.unflatten(0, batch.pose.shape[:2]), batch, draws)
+            out["with prior"] = torch.stack([o.logits for o in outputs], dim=1).flatten(0, 1)
+        return out
+
+    def _drive(self, frames: Tensor, batch: Batch, draws: Draws) -> tuple[list[Output], Tensor | None]:
+        """Go through the frames [B, T, C, rows, cols] in the order of time; also return the loss of the alignment."""
+        b, t = frames.shape[:2]
+        net = self.network.config
+        offset = draws.offset.gather(1, batch.drive[..., None].expand(-1, -1, 3))
+        pose = batch.pose + offset + draws.jitter
+        # Poses count from the last frame, so that it stands in the middle of the window.
+        origin = draws.corner - self.window / 2 * net.prior_cell
+        memory = Memory.empty(b, self.network.state_channels, self.window, self.window, frames.device)
+        outputs: list[Output] = []
+        used: list[Tensor] = []
+        errors: list[Tensor] = []
+        for now in range(t):
+            output, memory = self._step(frames[:, now], memory, pose[:, now], origin, draws.repeat[:, now])
+            outputs.append(output)
+            if output.alignment is None:
+                continue
+            if now:
+                errors.append(self._alignment(output.alignment, batch.pose, pose[:, now], used, draws.repeat, now))
+            used.append(moved(pose[:, now], output.alignment.offset.detach()))
+        return outputs, torch.stack(errors).mean() if errors else None
+
+    def _alignment(
+        self, found: Alignment, true: Tensor, given: Tensor, used: list[Tensor], repeat: Tensor, now: int
+    ) -> Tensor:
+        """Compare what the search found with where the map really is.
+
+        What earlier frames stored is displaced by the errors of the poses that they were stored at. At the place of
+        this frame the map is displaced by the mean of these, weighted by how much of the place they saw.
+
+        :param true: [B, T, 3] poses
+        :param given: [B, 3] pose of this frame, with its error
+        :param used: poses [B, 3] that earlier frames were stored at
+        """
+        before, stored = true[:, :now], torch.stack(used, dim=1)  # [B, now, 3]
+        turn = stored[..., 2] - before[..., 2]
+        here = true[:, now, None, :2] - before[..., :2]
+        c, s = torch.cos(turn), torch.sin(turn)
+        there = torch.stack([c * here[..., 0] - s * here[..., 1], s * here[..., 0] + c * here[..., 1]], dim=-1)
+        shift = stored[..., :2] + there - true[:, now, None, :2]
+        near = (1 - here.norm(dim=-1) / self.network.config.bev_length).clamp(min=0)
+        share = near * repeat[:, :now]
+        total = share.sum(dim=1)
+        share = share / total.clamp(min=1e-6)[:, None]
+        mean = torch.einsum("bt,btc->bc", share, torch.cat([shift, turn[..., None]], dim=-1))
+        aligner = self.network.fusion.aligner
+        assert aligner is not None
+        return alignment_loss(found, aligner, motion_between(given, true[:, now] + mean), total.clamp(max=1))
+
+    def _judge(
+        self, output: Output, truth: Tensor | None, instance: Tensor | None, direction: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert truth is not None
+        if self.config.loss == "published":
+            losses = {"layers": published_loss(output.logits, truth)}
+        else:
+            losses = {"layers": layer_loss(output.logits, truth, self.config.positive_weight)}
+        if output.embedding is not None and instance is not None:
+            losses["embedding"] = embedding_loss(output.embedding, instance)
+        if output.direction is not None and direction is not None:
+            losses["direction"] = direction_loss(output.direction, direction)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+
+def _chosen(values: Tensor, which: Tensor) -> Tensor:
+    """Return of values [B, T, ...] the frames ``which`` [B, K], as [B * K, ...]."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, which].flatten(0, 1)
+
+
+def _joined(steps: Sequence[Tensor | None], alone: Tensor | None) -> Tensor | None:
+    """Put maps of T steps, each [B, ...], into the order of the batch [B * T, ...], and others behind them."""
+    maps = [m for m in steps if m is not None]
+    return None if alone is None else torch.cat([torch.stack(maps, dim=1).flatten(0, 1), alone])
+
+
+def used_parameters(loss: Tensor) -> set[int]:
+    """Return the ids of the parameters that a loss depends on, from the graph of its gradient."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def recomputed(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function of a module and compute it again in the backward pass, instead of keeping what it computed.
+
+    Batch norms take note of the statistics of a batch the first time only.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    contexts = lambda: (contextlib.nullcontext(), without_statistics(module))  # noqa: E731
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def without_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norms use the statistics of a batch without taking note of them."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+
+
+def save_memory(network: BEVNetwork) -> None:
+    """Have the blocks of the backbone, and what else can, computed twice instead of kept."""
+    for module in network.modules():
+        if hasattr(module, "checkpoint"):
+            setattr(module, "checkpoint", True)  # noqa: B010 (for mypy any attribute is a tensor or module)
+    for index in range(network.backbone.stages):
+        for block in network.backbone.get_submodule(f"layer{index + 1}").children():
+            block.forward = functools.partial(recomputed, block, block.forward)

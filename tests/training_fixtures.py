@@ -1,0 +1,141 @@
+"""A source of training batches that needs no worlds: coloured frames, and layers that follow from their colour."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nmp.frame import CAMERAS
+from nmp.model import BEVNetwork, NetworkConfig
+from nmp.model.preprocess import network_intrinsics, unit_projection
+from nmp_train.config import StageConfig, TrainConfig
+from nmp_train.data import Batch, Group, StepSampler, collate
+from nmp_train.distributed import Ranks
+from nmp_train.loop import train
+from nmp_train.score import score_groups
+from nmp_train.sim.rig import log_rig
+
+TINY_NETWORK = NetworkConfig(
+    backbone_stages=1,
+    input_width=32,
+    input_height=16,
+    neck_channels=8,
+    bev_channels=8,
+    bev_length=12.0,
+    bev_width=6.0,
+    prior_channels=4,
+)
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """Return a configuration of one stage of groups of three frames, small enough for a test."""
+    stage = StageConfig(seconds=0, steps=6, batch=2, group=3, radius_m=4.0, learning_rate=0.01, warmup_steps=2)
+    return TrainConfig(
+        **({"network": TINY_NETWORK, "workers": 0, "stages": (stage,), "validation_groups": 4} | changes)
+    )
+
+
+@functools.cache
+def _projection(config: NetworkConfig) -> Tensor:
+    matrices = [
+        unit_projection(
+            network_intrinsics(c.intrinsics, c.width, c.height, config),
+            c.base_from_camera,
+            config.input_width,
+            config.input_height,
+        )
+        for c in log_rig("n008", 1)
+    ]
+    return torch.from_numpy(np.stack(matrices)).float()
+
+
+class ColouredGroups(Dataset[Group]):
+    """Frames of one colour: where they are bright, the left half of the road is class 0, and the right half class 1."""
+
+    def __init__(self, config: NetworkConfig, frames: int, seed: int) -> None:
+        self.config, self.frames, self.seed = config, frames, seed
+
+    def __getitem__(self, index: int) -> Group:
+        rng = np.random.default_rng((self.seed, index))
+        t, net = self.frames, self.config
+        bright = rng.random(t) < 0.5
+        images = rng.integers(0, 60, (t, len(CAMERAS), 3, net.input_height, net.input_width))
+        truth = np.zeros((t, 3, *net.layer_grid.shape), np.uint8)
+        half = net.layer_grid.shape[0] // 2
+        truth[:, 0, half:] = bright[:, None, None]
+        truth[:, 1, :half] = bright[:, None, None]
+        pose = np.column_stack([rng.uniform(-2, 2, (t, 2)), rng.uniform(-math.pi, math.pi, t)])
+        pose[-1, :2] = 0
+        return Group(
+            pose=torch.from_numpy(pose).float(),
+            drive=torch.from_numpy(np.sort(rng.integers(0, t, t))),
+            seed=torch.tensor(int(rng.integers(2**62))),
+            pixel_from_base=_projection(net).expand(t, -1, -1, -1).clone(),
+            present=torch.ones(t, len(CAMERAS)),
+            truth=torch.from_numpy(truth),
+            names=[f"group {index}, frame {i}" for i in range(t)],
+            weather=["day"] * t,
+            labels=[""] * t,
+            images=torch.from_numpy(images + 180 * bright[:, None, None, None, None]).to(torch.uint8),
+        )
+
+
+class ColouredSource:
+    """Coloured frames as a source of batches."""
+
+    def __init__(self, config: TrainConfig, broken: int = -1) -> None:
+        """:param broken: number of a group whose calibration is not a number"""
+        self.config, self.broken = config, broken
+
+    def loader(
+        self, stage: StageConfig, *, seed: int, length: int, rank: int = 0, ranks: int = 1, start: int = 0
+    ) -> DataLoader[Group]:
+        groups = ColouredGroups(self.config.network, stage.group, seed)
+        order = StepSampler(length, stage.batch, rank=rank, ranks=ranks, start=start)
+        return DataLoader(groups, batch_sampler=order, collate_fn=collate)
+
+    def batch(self, group: Group) -> Batch:
+        assert group.images is not None
+        images = group.images.flatten(0, 1)
+        if f"group {self.broken}, frame 0" in group.names:
+            images = images * torch.nan
+        return Batch.of(group, images, torch.device("cpu"))
+
+
+def tiny_network(seed: int = 3) -> BEVNetwork:
+    torch.manual_seed(seed)
+    return BEVNetwork(TINY_NETWORK)
+
+
+def train_in_process(rank: int, ranks: int, port: int, out: Path) -> None:
+    """Train a few steps as one process of several, as torchrun would start it."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    stage = replace(tiny_config().stages[0], steps=6, batch=4, learning_rate=0.0005)
+    config = tiny_config(stages=(stage,), ema_decay=0.5)
+    source = ColouredSource(config)
+    team = Ranks.join("cpu")
+    try:
+        # Another start in each process: what counts is that of the first.
+        network = tiny_network(3 + rank)
+        train(
+            network,
+            source,
+            config,
+            out,
+            device=torch.device("cpu"),
+            ranks=team,
+            score=lambda trained, _: score_groups(trained, source, config),
+        )
+    finally:
+        team.leave()
