@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nmp.model.fusion import Alignment
 from nmp.model.fusion.align import TURN_RAD, Aligner
+from nmp_train.distributed import sum_over_ranks
 
 BLUR = 0.7
 """how far beside the true motion an answer still counts, in steps of the search"""
@@ -34,7 +35,8 @@ def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: T
     expected = torch.einsum("bt,by,bx->btyx", near(turn, turns), near(left, shifts), near(forward, shifts))
     entropy = torch.special.entr(expected).sum(dim=(1, 2, 3))
     loss = -(expected * found.log_probability).sum(dim=(1, 2, 3)) - entropy
-    return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+    sums = sum_over_ranks(torch.stack([(loss * weight).sum(), weight.sum()]))
+    return sums[0] / sums[1].clamp(min=1e-6)
 
 
 def motion_between(start: Tensor, end: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class _Sum(torch.autograd.Function):
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all processes, with a gradient; for one process it stays as it is.
 
+    For S = s_1 + ... + s_R and a loss L(S) that every rank computes, the backward pass of this sum adds up what the R
+    ranks hand back: rank r is left with R dL/dS ds_r. DistributedDataParallel then takes the mean over the ranks,
+    (1 / R) sum_r R dL/dS ds_r = dL/dS dS: the gradient of one process with the whole batch. No factor is needed.
+
     torch.distributed's own differentiable sum has moved between the versions of torch that are supported.
     """
     if not (distributed.is_available() and distributed.is_initialized()):

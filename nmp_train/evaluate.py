@@ -376,11 +376,10 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
                 scene = _believed(scored, job)
                 own = Path(folder, f"own-{number}")
                 if job.protocol in ("empty", "train_trips"):
-                    # Closed, the mapper lets go of the prior, and opens the one in its folder with the next frame.
-                    mapper.close()
+                    mapper.close()  # so that all of what it wrote is there to copy
                     if shared.is_dir():
                         shutil.copytree(shared, own)
-                    mapper.prior_dir = own
+                    mapper.use(own)
                 for frame, pose in zip(scene.frames, scene.true_poses, strict=True):
                     day = local_date(scene.location, frame.stamp_ns)
                     city, place = maps.city(scene.location, day), (float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose))

@@ -8,8 +8,10 @@ same order.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional
+
+from nmp_train.distributed import sum_over_ranks
 
 PUBLISHED_POSITIVE_WEIGHT = 15.0
 PUBLISHED_LAYER_WEIGHT = 2.0
@@ -33,7 +35,7 @@ def layer_loss(logits: Tensor, truth: Tensor, positive_weight: float) -> Tensor:
     overlap = (probability * target).sum(dim=(0, 2, 3))
     total = (probability + target).sum(dim=(0, 2, 3))
     classes = target.shape[1]
-    sums = _over_ranks(torch.cat([torch.stack([entropy, _count(target)]), overlap, total]))
+    sums = sum_over_ranks(torch.cat([torch.stack([entropy, _count(target)]), overlap, total]))
     overlap, total = sums[2:].split(classes)
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return sums[0] / sums[1] + dice.mean()
@@ -53,7 +55,7 @@ def published_loss(logits: Tensor, truth: Tensor) -> Tensor:
     target = truth.float()
     weight = 1 + (PUBLISHED_POSITIVE_WEIGHT - 1) * target
     entropy = functional.binary_cross_entropy_with_logits(logits.float(), target, weight, reduction="sum")
-    sums = _over_ranks(torch.stack([entropy, _count(target[:, 0])]))
+    sums = sum_over_ranks(torch.stack([entropy, _count(target[:, 0])]))
     return PUBLISHED_LAYER_WEIGHT * sums[0] / sums[1]
 
 
@@ -90,7 +92,7 @@ def embedding_loss(embedding: Tensor, instances: Tensor) -> Tensor:
         pair = exists[:, :, None] & exists[:, None, :] & ~torch.eye(most, dtype=torch.bool, device=mean.device)
         near = torch.where(pair, functional.relu(PUSH_MARGIN - apart), 0).square().sum(dim=(1, 2))
         push = (near / (lines * (lines - 1)).clamp(min=1)).sum()
-        sums = _over_ranks(torch.stack([pull + push, pull.new_tensor(float(groups))]))
+        sums = sum_over_ranks(torch.stack([pull + push, pull.new_tensor(float(groups))]))
     return sums[0] / sums[1]
 
 
@@ -108,24 +110,9 @@ def direction_loss(direction: Tensor, truth: Tensor) -> Tensor:
         probability = torch.softmax(direction[frame, :, row, col].float(), dim=1)
         target = torch.zeros_like(probability).scatter(1, truth[frame, :, row, col].long(), 1)
         entropy = functional.binary_cross_entropy(probability, target, reduction="sum")
-        sums = _over_ranks(torch.stack([entropy, _count(probability)]))
+        sums = sum_over_ranks(torch.stack([entropy, _count(probability)]))
     return PUBLISHED_DIRECTION_WEIGHT * sums[0] / sums[1].clamp(min=1)
 
 
 def _count(values: Tensor) -> Tensor:
     return torch.tensor(float(values.numel()), device=values.device)
-
-
-def _over_ranks(sums: Tensor) -> Tensor:
-    """Add up over all processes, with gradients.
-
-    For S = s_1 + ... + s_R and a loss L(S) that every rank computes, the backward pass of this sum adds up what the R
-    ranks hand back: rank r is left with R dL/dS ds_r. DistributedDataParallel then takes the mean over the ranks,
-    (1 / R) sum_r R dL/dS ds_r = dL/dS dS: the gradient of one process with the whole batch. No factor is needed.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return sums
-    from torch.distributed.nn.functional import all_reduce
-
-    out: Tensor = all_reduce(sums)
-    return out

@@ -137,6 +137,11 @@ class OnlineMapper:
         for city in self._cities.values():
             city.flush()
 
+    def use(self, prior_dir: Path) -> None:
+        """Let go of the prior, and go on with the one in another folder."""
+        self.close()
+        self.prior_dir = Path(prior_dir)
+
     def close(self) -> None:
         """Flush and release the prior. Safe to call twice."""
         while self._cities:

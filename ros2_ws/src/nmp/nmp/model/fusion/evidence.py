@@ -37,9 +37,10 @@ class EvidenceFusion(nn.Module):
         self.latent = nn.Conv2d(channels, stored, 1)
         self.weight = nn.Conv2d(channels, 1, 1)
         # what is stored, its weight, and how well the pose is known
-        self.prior_in = nn.Conv2d(stored + 1 + (3 if config.align else 0), channels, 1)
-        self.prior_mix = Residual(channels)
-        self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
+        width = max(stored, channels // 2)
+        self.prior_in = nn.Conv2d(stored + 1 + (3 if config.align else 0), width, 1)
+        self.prior_mix = Residual(width)
+        self.prior_out = nn.Conv2d(width, channels, 3, 1, 1)
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)

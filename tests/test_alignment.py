@@ -1,0 +1,80 @@
+"""What the search for the pose is taught, and the scores of held-out worlds."""
+
+import math
+
+import pytest
+import torch
+
+from nmp.geometry import BevGrid
+from nmp.model import BEVNetwork, NetworkConfig
+from nmp.model.fusion import Alignment, moved
+from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner
+from nmp_train.alignment import alignment_loss, motion_between
+from nmp_train.config import TrainConfig
+from nmp_train.data import SimulatedSource
+from nmp_train.validate import validate
+from nmp_train.world import make_world
+
+SMALL = NetworkConfig(
+    backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4, align=True
+)
+
+
+def _certain(turn: int, left: int, forward: int) -> Alignment:
+    """Return an answer that is nearly sure of one motion of the grid."""
+    score = torch.zeros(1, 2 * TURNS + 1, 2 * SHIFTS + 1, 2 * SHIFTS + 1)
+    score[0, TURNS + turn, SHIFTS + left, SHIFTS + forward] = 20.0
+    return Alignment(torch.zeros(1, 3), torch.zeros(1, 3), score.flatten(1).log_softmax(1).view_as(score))
+
+
+def test_the_true_motion_costs_least() -> None:
+    aligner = Aligner(BevGrid(resolution=0.3), 4, 4)
+    turn, left, forward = 2, -3, 4
+    angle, dx, dy = turn * TURN_RAD, forward * aligner.step_m, left * aligner.step_m
+    # Shifts are counted in the turned frame.
+    x, y = math.cos(angle) * dx - math.sin(angle) * dy, math.sin(angle) * dx + math.cos(angle) * dy
+    target, weight = torch.tensor([[x, y, angle]]), torch.ones(1)
+    losses = {
+        motion: float(alignment_loss(_certain(*motion), aligner, target, weight))
+        for motion in ((turn, left, forward), (turn + 1, left, forward), (turn, left, forward - 3), (-turn, -left, 0))
+    }
+    assert min(losses, key=lambda m: losses[m]) == (turn, left, forward)
+    # what the search can say best: the blurred truth itself
+    assert all(value > 0 for value in losses.values())
+
+
+def test_frames_without_weight_teach_nothing() -> None:
+    aligner = Aligner(BevGrid(resolution=0.3), 4, 4)
+    found = _certain(0, 0, 0)
+    both = Alignment(*(torch.cat([v, v]) for v in found))
+    target = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.05]])
+    first = alignment_loss(found, aligner, target[:1], torch.ones(1))
+    assert alignment_loss(both, aligner, target, torch.tensor([1.0, 0.0])) == pytest.approx(float(first))
+    assert alignment_loss(both, aligner, target, torch.zeros(2)) == 0
+
+
+def test_a_motion_leads_from_one_pose_to_the_other() -> None:
+    torch.manual_seed(0)
+    start, end = torch.randn(5, 3), torch.randn(5, 3)
+    torch.testing.assert_close(moved(start, motion_between(start, end)), end)
+
+
+def test_held_out_drives_are_scored_with_every_prior() -> None:
+    worlds = [
+        make_world(1001, size_m=250.0, drives=2, duration_s=3.0, texel_m=0.4),
+        make_world(1002, 1.0, 3, size_m=250.0, drives=4, duration_s=3.0, texel_m=0.4),
+    ]
+    config = TrainConfig(workers=0, network=SMALL, supersample=1)
+    torch.manual_seed(0)
+    network = BEVNetwork(SMALL)
+    source = SimulatedSource(worlds, config, torch.device("cpu"))
+    scores = validate(network, source, config, drives=1, trips=2)
+    plain = {name for name in scores if not name.startswith("changing city")}
+    assert {"no prior", "empty", "one trip before", "empty at 0.2 m, 0.02 rad"} <= plain
+    assert {f"changing city, {name}" for name in plain} == set(scores) - plain
+    assert {"changed", "unchanged"} <= set(scores["changing city, one trip before"])
+    assert "changed" not in scores["empty"] and "0-10 m" in scores["empty"]
+    # The path of the prior begins at zero: an untrained one changes nothing. And the same run gives the same scores.
+    first, again = (validate(network, source.part(0, 1), config, drives=1, trips=1) for _ in range(2))
+    assert first["empty"]["all"] == first["no prior"]["all"]
+    assert str(again) == str(first)  # NaN is not equal to itself
