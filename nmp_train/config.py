@@ -87,12 +87,14 @@ class StageConfig:
     group: int = 1
     """frames a group; with more than one the prior is trained"""
     radius_m: float = 30.0
-    """frames of a group lie within this distance of the first"""
+    """frames of a group lie within this distance of the last"""
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
     warmup_steps: int = 200
     freeze_images: bool = False
     """keep backbone and neck as they are, statistics of their batch norms included"""
+    alignment_only: bool = False
+    """train the search for the pose alone (``network.align``) and keep everything else: quick, on a CPU too"""
 
 
 @dataclass(frozen=True)

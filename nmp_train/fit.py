@@ -112,7 +112,7 @@ _PRIOR = ("fusion", "align", "evidence_cap")
 
 
 def _start(path: Path, config: TrainConfig) -> BEVNetwork:
-    """Take weights to begin with. Of another fusion, everything but the fusion is taken, and that begins anew."""
+    """Take weights to begin with; what another fusion does not have, or has otherwise, begins anew."""
     network = load_network(path)[0]
     ours, theirs = config.network.to_dict(), network.config.to_dict()
     found = differences(theirs, ours)
@@ -126,7 +126,8 @@ def _start(path: Path, config: TrainConfig) -> BEVNetwork:
     if not found:
         return network
     started = BEVNetwork(config.network)
-    kept = {name: value for name, value in network.state_dict().items() if not name.startswith("fusion.")}
+    shapes = {name: value.shape for name, value in started.state_dict().items()}
+    kept = {name: value for name, value in network.state_dict().items() if shapes.get(name) == value.shape}
     started.load_state_dict(kept, strict=False)
     return started
 

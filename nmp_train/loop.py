@@ -25,7 +25,7 @@ from nmp_train.checkpoint import NAME, Checkpoint, check_same_run, save_checkpoi
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Source, augment
 from nmp_train.distributed import Ranks
-from nmp_train.step import Draws, TrainingStep, save_memory, used_parameters, without_statistics
+from nmp_train.step import POSE_DRAWS, Draws, TrainingStep, save_memory, used_parameters, without_statistics
 
 LOG_EVERY = 50
 """steps between two looks at the losses: each look makes a GPU wait"""
@@ -252,7 +252,10 @@ class _Stage:
     def _draws(self, batch: Batch) -> Draws | None:
         if self.stage.group == 1:
             return None
-        return Draws.of(batch.seeds.tolist(), self.stage.group, self.config, self.device)
+        seeds = batch.seeds.tolist()
+        if self.stage.alignment_only:
+            seeds = [seed + k for seed in seeds for k in range(POSE_DRAWS)]
+        return Draws.of(seeds, self.stage.group, self.config, self.device)
 
     def _leave_out_unused(self, batch: Batch) -> None:
         """Freeze the parameters that the loss of this stage does not depend on."""

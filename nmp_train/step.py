@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nmp.errors import NmpError
 from nmp.model.fusion import Alignment, Memory, moved
 from nmp.model.network import BEVNetwork, Output
 from nmp_train.alignment import alignment_loss, motion_between
@@ -22,6 +23,8 @@ from nmp_train.data import Batch
 from nmp_train.losses import direction_loss, embedding_loss, layer_loss, published_loss
 
 ALIGNMENT_WEIGHT = 0.1
+POSE_DRAWS = 4
+"""times that a group is gone through with other errors of the pose, where the alignment alone is trained"""
 REPEATS = (1.0, 1.0, 2.0, 4.0)
 """how often a frame counts as seen, drawn at random: as if its place had been passed so often"""
 MARGIN_M = 2.0
@@ -82,7 +85,7 @@ class TrainingStep(nn.Module):
         self.network = network
         self.config = config
         self.stage = stage
-        self.frozen: tuple[nn.Module, ...] = (network.backbone, network.neck) if stage.freeze_images else ()
+        self.frozen = frozen_parts(network, stage)
         net = network.config
         reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
         self.window = 2 * math.ceil(reach / net.prior_cell)
@@ -106,6 +109,8 @@ class TrainingStep(nn.Module):
 
         :param draws: None for groups of one frame
         """
+        if self.stage.alignment_only and draws is not None:
+            return self._search(batch, draws)
         bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
         if draws is None:
             return self._judge(self._alone(bev), batch.truth, batch.instance, batch.direction)
@@ -130,6 +135,34 @@ class TrainingStep(nn.Module):
             losses["loss"] = losses["loss"] + losses["alignment"]
         return losses
 
+    def _search(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Return the loss of the alignment alone, over :data:`POSE_DRAWS` draws of pose errors for every group."""
+        fusion = self.network.fusion
+        aligner = fusion.aligner
+        assert aligner is not None
+        with torch.no_grad():
+            bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
+        frames, true, drive = (
+            v.repeat_interleave(POSE_DRAWS, dim=0)
+            for v in (bev.unflatten(0, batch.pose.shape[:2]), batch.pose, batch.drive)
+        )
+        pose, origin, memory = self._begin(frames, true, drive, draws)
+        used: list[Tensor] = []
+        errors: list[Tensor] = []
+        for now in range(frames.shape[1]):
+            frame = frames[:, now]
+            with torch.no_grad():
+                latent, evidence = fusion.read(memory, pose[:, now], origin)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and now > 0):
+                found = aligner(frame, latent, evidence)
+            if now:
+                errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
+            with torch.no_grad():
+                used.append(moved(pose[:, now], found.offset))
+                memory = fusion.write(memory, frame, frame, used[-1], origin, found, draws.repeat[:, now])
+        loss = torch.stack(errors).mean()
+        return {"loss": loss, "alignment": loss}
+
     def answers(self, batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
         """Return the logits [F, 3, rows, cols] of every frame on its own, and with the earlier frames of its group."""
         bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
@@ -141,13 +174,8 @@ class TrainingStep(nn.Module):
 
     def _drive(self, frames: Tensor, batch: Batch, draws: Draws) -> tuple[list[Output], Tensor | None]:
         """Go through the frames [B, T, C, rows, cols] in the order of time; also return the loss of the alignment."""
-        b, t = frames.shape[:2]
-        net = self.network.config
-        offset = draws.offset.gather(1, batch.drive[..., None].expand(-1, -1, 3))
-        pose = batch.pose + offset + draws.jitter
-        # Poses count from the last frame, so that it stands in the middle of the window.
-        origin = draws.corner - self.window / 2 * net.prior_cell
-        memory = Memory.empty(b, self.network.state_channels, self.window, self.window, frames.device)
+        t = frames.shape[1]
+        pose, origin, memory = self._begin(frames, batch.pose, batch.drive, draws)
         outputs: list[Output] = []
         used: list[Tensor] = []
         errors: list[Tensor] = []
@@ -160,6 +188,14 @@ class TrainingStep(nn.Module):
                 errors.append(self._alignment(output.alignment, batch.pose, pose[:, now], used, draws.repeat, now))
             used.append(moved(pose[:, now], output.alignment.offset.detach()))
         return outputs, torch.stack(errors).mean() if errors else None
+
+    def _begin(self, frames: Tensor, true: Tensor, drive: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Memory]:
+        """Return poses with their errors [B, T, 3], and the origin and the cells of windows that are empty."""
+        pose = true + draws.offset.gather(1, drive[..., None].expand(-1, -1, 3)) + draws.jitter
+        # Poses count from the last frame, so that it stands in the middle of the window.
+        origin = draws.corner - self.window / 2 * self.network.config.prior_cell
+        memory = Memory.empty(len(frames), self.network.state_channels, self.window, self.window, frames.device)
+        return pose, origin, memory
 
     def _alignment(
         self, found: Alignment, true: Tensor, given: Tensor, used: list[Tensor], repeat: Tensor, now: int
@@ -201,6 +237,17 @@ class TrainingStep(nn.Module):
         if output.direction is not None and direction is not None:
             losses["direction"] = direction_loss(output.direction, direction)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+
+def frozen_parts(network: BEVNetwork, stage: StageConfig) -> tuple[nn.Module, ...]:
+    """Return the parts of a network that a stage keeps as they are."""
+    if stage.alignment_only:
+        aligner = network.fusion.aligner
+        if aligner is None or stage.group == 1:
+            raise NmpError("a stage with alignment_only needs network.align=true and groups of more than one frame")
+        parts = [*network.children(), *network.fusion.children()]
+        return tuple(part for part in parts if part is not aligner and part is not network.fusion)
+    return (network.backbone, network.neck) if stage.freeze_images else ()
 
 
 def _chosen(values: Tensor, which: Tensor) -> Tensor:

@@ -152,6 +152,10 @@ class Mapper:
         self.opened.append(options)
         return self
 
+    def use(self, prior_dir: Path) -> None:
+        self.close()
+        self.prior_dir = prior_dir
+
     def update(self, frame: Frame) -> Any:
         use_prior = self.opened[-1]["use_prior"]
         name = self.name_of(frame)

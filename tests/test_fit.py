@@ -23,7 +23,7 @@ from nmp_train.checkpoint import NAME, load_checkpoint
 from nmp_train.cli import main
 from nmp_train.config import StageConfig, TrainConfig, load_config
 from nmp_train.distributed import CpuSyncBatchNorm, Ranks, convert
-from nmp_train.fit import fit
+from nmp_train.fit import _start, fit
 from nmp_train.loop import train
 from nmp_train.step import Draws, TrainingStep, recomputed, save_memory, used_parameters
 from nmp_train.world import make_world
@@ -151,6 +151,36 @@ def test_frozen_parts_keep_parameters_and_statistics(tmp_path: Path) -> None:
     assert not torch.equal(before["decoder.out.weight"], after["decoder.out.weight"])
     assert not torch.equal(before["fusion.latent.weight"], after["fusion.latent.weight"])
     assert all(p.requires_grad for p in network.parameters())
+
+
+def test_the_search_for_the_pose_is_trained_alone(tmp_path: Path) -> None:
+    network = BEVNetwork(replace(TINY_NETWORK, align=True))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    stage = replace(tiny_config().stages[0], steps=3, alignment_only=True)
+    config = tiny_config(network=network.config, stages=(stage,), ema_decay=0.0)
+    train(network, ColouredSource(config), config, tmp_path, device=torch.device("cpu"))
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("fusion.aligner.") for name in changed)
+
+
+def test_the_search_for_the_pose_needs_something_to_search() -> None:
+    stage = replace(tiny_config().stages[0], alignment_only=True)
+    with pytest.raises(NmpError, match="needs network.align=true"):
+        TrainingStep(tiny_network(), tiny_config(stages=(stage,)), stage)
+    aligned = BEVNetwork(replace(TINY_NETWORK, align=True))
+    with pytest.raises(NmpError, match="groups of more than one frame"):
+        TrainingStep(aligned, tiny_config(), replace(stage, group=1))
+
+
+def test_weights_without_the_search_begin_a_run_with_it(tmp_path: Path) -> None:
+    network = tiny_network()
+    torch.nn.init.normal_(network.fusion.prior_out.weight)
+    save_network(network, tmp_path / "w.safetensors", {})
+    started = _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, align=True)))
+    assert started.fusion.aligner is not None
+    torch.testing.assert_close(started.fusion.prior_out.weight, network.fusion.prior_out.weight, atol=1e-2, rtol=1e-2)
+    with pytest.raises(NmpError, match="is of another network"):
+        _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, neck_channels=4)))
 
 
 def test_recomputing_changes_nothing_but_memory() -> None:

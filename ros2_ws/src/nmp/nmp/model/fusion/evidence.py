@@ -36,18 +36,21 @@ class EvidenceFusion(nn.Module):
         channels, stored = config.bev_channels, config.prior_channels
         self.latent = nn.Conv2d(channels, stored, 1)
         self.weight = nn.Conv2d(channels, 1, 1)
-        # what is stored, its weight, and how well the pose is known
-        width = max(stored, channels // 2)
-        self.prior_in = nn.Conv2d(stored + 1 + (3 if config.align else 0), width, 1)
-        self.prior_mix = Residual(width)
-        self.prior_out = nn.Conv2d(width, channels, 3, 1, 1)
+        self.prior_in = nn.Conv2d(stored + 1, channels, 1)
+        self.prior_mix = Residual(channels)
+        self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)
         self.aligner = Aligner(config.feature_grid, channels, stored) if config.align else None
+        # How well the pose is known, for what is read and for what is written. Until training finds otherwise it
+        # makes no difference.
+        self.spread_in = nn.Conv2d(3, channels, 1, bias=False) if config.align else None
         self.doubt = nn.Linear(3, 1) if config.align else None
-        if self.doubt is not None:
-            nn.init.constant_(self.doubt.bias, 3.0)  # what is seen counts in full until training finds otherwise
+        if self.spread_in is not None and self.doubt is not None:
+            nn.init.zeros_(self.spread_in.weight)
+            nn.init.zeros_(self.doubt.weight)
+            nn.init.constant_(self.doubt.bias, 4.0)
 
     def locate(self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor) -> Alignment | None:
         """Find how far the pose is off, by what is stored; None without ``config.align``."""
@@ -67,10 +70,10 @@ class EvidenceFusion(nn.Module):
     def fuse(self, bev: Tensor, latent: Tensor, evidence: Tensor, alignment: Alignment | None = None) -> Tensor:
         """Return the features [B, C, rows, cols] with the prior added."""
         trust = evidence / (evidence + 1)
-        parts = [latent * trust, trust]
-        if alignment is not None:
-            parts.append(alignment.spread[:, :, None, None].expand(-1, -1, *bev.shape[-2:]) * trust)
-        prior = torch.relu(self.prior_in(torch.cat(parts, dim=1)))
+        prior = self.prior_in(torch.cat([latent * trust, trust], dim=1))
+        if self.spread_in is not None and alignment is not None:
+            prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
+        prior = torch.relu(prior)
         out: Tensor = bev + trust * self.prior_out(self.prior_mix(prior))
         return out
 
