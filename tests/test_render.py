@@ -1,6 +1,7 @@
 """The ray caster: markings where the map says, solids where they stand, the same bytes from the same seed."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,7 +204,8 @@ def test_a_strip_sees_what_stands_in_it() -> None:
     camera[:2, 3] = 0
     matrices = (torch.from_numpy(m).float()[None, None] for m in (INTRINSICS, camera))
     seen = strip_scores(*matrices, solids, SIZE, wet=False)[0, 0] > 0
-    first, last = (_project(12.0 + s, 2.5 - s, 0.75)[0] // 80 for s in (-1.0, 1.0))
+    wide = math.ceil(SIZE[0] / math.ceil(SIZE[0] / caster.STRIP))
+    first, last = (_project(12.0 + s, 2.5 - s, 0.75)[0] // wide for s in (-1.0, 1.0))
     assert seen[:, 0].nonzero()[:, 0].tolist() == list(range(int(first), int(last) + 1)) != []
     assert not seen[:, 1:].any()
 

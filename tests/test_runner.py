@@ -173,9 +173,17 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(NmpError, match="2 GPU"):
         choose_device("cuda:2")
-    assert choose_precision("auto", torch.device("cpu")) == torch.float32
     with pytest.raises(NmpError, match="precision 'fp8'"):
         choose_precision("fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_half_precision_is_chosen_where_the_processor_has_it(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    chosen = choose_precision("auto", torch.device("cpu"))
+    assert chosen == (torch.bfloat16 if fast else torch.float32)
+    assert choose_precision("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_a_prepared_network_gives_the_same_with_its_weights_frozen() -> None:

@@ -38,7 +38,7 @@ class OnlineMapper:
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
-    :param precision: fp32, bf16, or auto (bf16 on a GPU that computes in it)
+    :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that

@@ -145,7 +145,7 @@ class MappingNode(Node):
         declare("location", "", "City of the prior, e.g. boston-seaport; empty: wait for the topic 'location'.")
         declare("use_prior", True, "False: the network alone, nothing is remembered.")
         declare("device", "auto", "What computes the network: cpu, cuda, cuda:1 ... or auto, a GPU where there is one.")
-        declare("precision", "auto", "Of the network: fp32, bf16, or auto, bf16 on a GPU that computes in it.")
+        declare("precision", "auto", "Of the network: fp32, bf16, or auto, bf16 where the device computes in it.")
         declare("compile", False, "Compile the network for the GPU: a minute at the start, then faster frames.")
         declare("max_camera_spread", 0.1, "Longest time, s, between the first and last image of a frame.", 1e-3, 10.0)
         declare("max_pose_age", 0.2, "Longest time, s, between an image and the poses around it.", 1e-3, 10.0)
