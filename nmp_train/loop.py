@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -208,7 +209,8 @@ class _Stage:
             for trained in optimizer.param_groups:
                 trained["lr"] = trained["initial_lr"] * rate
             # Whatever the network draws at random depends on the step alone, also after a run is taken up again.
-            torch.manual_seed(hash((config.seed, self.number, progress.step, self.ranks.rank)) % 2**63)
+            drawn = np.random.SeedSequence((config.seed, self.number, progress.step, self.ranks.rank))
+            torch.manual_seed(int(drawn.generate_state(1)[0]))
             parallel.train()
             with self._autocast():
                 losses = parallel(batch, self._draws(batch))

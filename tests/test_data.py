@@ -301,6 +301,15 @@ def test_held_out_sites_share_no_ground_with_training() -> None:
         find_sites(drives[:1])
 
 
+def test_images_do_not_depend_on_who_else_is_in_the_batch(world: World) -> None:
+    source = SimulatedSource([world], CONFIG, CPU)
+    stage = StageConfig(batch=2, group=2)
+    together = source.batch(next(iter(source.loader(stage, seed=5, length=2)))).images.unflatten(0, (2, 2))
+    for rank in range(2):
+        alone = source.batch(next(iter(source.loader(stage, seed=5, length=2, rank=rank, ranks=2)))).images
+        torch.testing.assert_close(alone, together[rank], atol=0, rtol=0)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real maps")
 def test_a_world_of_a_real_city_renders() -> None:
     _, held_out = find_sites(load_trajectories(SHARED / "val_trajectories.json"))

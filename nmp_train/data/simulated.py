@@ -134,8 +134,8 @@ class SimulatedSource:
             Weather(*(flat(c) for c in drawn.conditions)),
             (network.input_width, network.input_height),
             supersample=self.config.supersample,
-            # The noise of a batch follows from its groups, so that a run that is taken up again sees the same.
-            generator=torch.Generator(self.device).manual_seed(int(group.seed[0])),
+            # The noise of a group follows from its seed: the same in a run that is taken up again, on any rank.
+            generator=[torch.Generator(self.device).manual_seed(seed) for seed in group.seed.tolist()],
             compiled=self.device.type == "cuda",
         )
         return Batch.of(group, images, self.device)

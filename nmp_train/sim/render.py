@@ -131,7 +131,7 @@ def render(
     size: tuple[int, int],
     *,
     supersample: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Render the cameras of B samples.
@@ -143,7 +143,7 @@ def render(
         where the car's headlights point
     :param size: (width, height), pixels
     :param supersample: rays per pixel edge
-    :param generator: of the sensor's noise
+    :param generator: of the sensor's noise; several share the samples in equal parts, in their order
     :param compiled: fuse the work with ``torch.compile``, for shapes that come again and again
     :return: uint8 [B, N, 3, height, width] RGB
     :raises NmpError: for more than six cameras
@@ -152,7 +152,9 @@ def render(
     if n > CAMERAS:
         raise NmpError(f"cannot render {n} cameras: weather describes {CAMERAS}")
     device, s = map_from_camera.device, supersample
-    noise = torch.randn(b * n, 3, size[1], size[0], device=device, generator=generator)
+    generators = generator if isinstance(generator, Sequence) else [generator]
+    images = b * n // len(generators)
+    noise = torch.cat([torch.randn(images, 3, size[1], size[0], device=device, generator=g) for g in generators])
     atlas = drop_atlas(device)
     batched = compiled or device.type != "cpu"
     with contextlib.ExitStack() as stack:
