@@ -410,25 +410,31 @@ def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) ->
     prior = tmp_path / "prior"
     evidence = []
     for trip in ("first", "second"):
-        domain, stats, out = free_domain(), tmp_path / f"{trip}.json", tmp_path / trip
+        stats, out = tmp_path / f"{trip}.json", tmp_path / trip
         settings = {"weights": weights, "prior_dir": prior, "stats_file": stats, "queue_size": 10}
         arguments = [a for k, v in settings.items() for a in ("-p", f"{k}:={v}")]
-        node = node_process("nmp.nodes.mapping_node", "--ros-args", *arguments, domain=domain)
-        recorder = node_process("nmp.nodes.recorder_node", "--ros-args", "-p", f"out_dir:={out}", domain=domain)
-        player = node_process(
-            "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=2.0", domain=domain
-        )
-        _, err = player.communicate(timeout=60)
-        assert player.returncode == 0, err
-        until(lambda folder=out: len(list(folder.glob("*.npz"))) == 4, 20)
-        for process in (node, recorder):
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=40)
-            assert process.returncode == 0, err
-        summary = json.loads(stats.read_text())
-        assert (summary["frames_answered"], summary["drops"]) == (4, {}), summary
-        assert len(list(read_layers(out))) == 4
-        evidence.append(stored_evidence(weights, prior))
+        with ros() as world:
+            node = node_process("nmp.nodes.mapping_node", "--ros-args", *arguments, domain=world.domain)
+            recorder = node_process(
+                "nmp.nodes.recorder_node", "--ros-args", "-p", f"out_dir:={out}", domain=world.domain
+            )
+            probe = world.probe()
+            # The city is named once, and a player that is done takes its name along: both listen before it starts.
+            assert until(lambda probe=probe: probe.count_subscribers("/location") == 2, 40)
+            player = node_process(
+                "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=2.0", domain=world.domain
+            )
+            _, err = player.communicate(timeout=60)
+            assert player.returncode == 0, err
+            until(lambda folder=out: len(list(folder.glob("*.npz"))) == 4, 20)
+            for process in (node, recorder):
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=40)
+                assert process.returncode == 0, err
+            summary = json.loads(stats.read_text())
+            assert (summary["frames_answered"], summary["drops"]) == (4, {}), summary
+            assert len(list(read_layers(out))) == 4
+            evidence.append(stored_evidence(weights, prior))
     assert 0 < evidence[0] < evidence[1]
 
     foreign = weights.with_name("foreign.safetensors")

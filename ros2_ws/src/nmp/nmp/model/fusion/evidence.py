@@ -74,8 +74,8 @@ class EvidenceFusion(nn.Module):
         if self.spread_in is not None and alignment is not None:
             prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
         prior = torch.relu(prior)
-        out: Tensor = bev + trust * self.prior_out(self.prior_mix(prior))
-        return out
+        # In the precision of the features: what follows must not round otherwise where nothing was added.
+        return bev + (trust * self.prior_out(self.prior_mix(prior))).to(bev.dtype)
 
     def observe(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """What this frame adds to the prior: (weight x latent [B, D, rows, cols], weight [B, 1, rows, cols]).
