@@ -117,32 +117,27 @@ def read_scenes(dataroot: Path, version: str, names: Sequence[str] | None = None
     samples: dict[str, list[Sample]] = {}
     for sample in read_samples(dataroot, version, names):
         samples.setdefault(sample.scene, []).append(sample)
-    estimates = _estimates(Path(dataroot), version)
-    if estimates is not None:
-        needed = [shot.path for found in samples.values() for sample in found for shot in sample.shots]
-        if unknown := [path for path in needed if path not in estimates]:
+    estimates, rows = None, _pose_estimates(Path(dataroot) / version)
+    if rows is not None:
+        needed = [shot for found in samples.values() for sample in found for shot in sample.shots]
+        if unknown := [shot for shot in needed if shot.pose_token not in rows]:
             raise NmpError(
-                f"{Path(dataroot) / version / 'ego_pose_estimate.json'} has no estimate for {unknown[0].name} (one of "
-                f"{len(unknown)}): make the data set again"
+                f"{Path(dataroot) / version / 'ego_pose_estimate.json'} has no estimate for {unknown[0].path.name} "
+                f"(one of {len(unknown)}): make the data set again"
             )
+        estimates = {shot.path: _estimate(rows[shot.pose_token]) for shot in needed}
     scenes = [Scene(name, tuple(found), estimates) for name, found in samples.items()]
     return sorted(scenes, key=lambda s: (s.start_ns, s.name))
 
 
-def _estimates(dataroot: Path, version: str) -> dict[Path, Estimate] | None:
-    """Return what the car believed by image file, or None where the data set does not tell."""
-    if not (dataroot / version / "ego_pose_estimate.json").is_file():
+def _pose_estimates(tables: Path) -> dict[str, dict[str, Any]] | None:
+    """Return what the car believed by token of the ego pose, or None where the data set does not tell."""
+    if not (tables / "ego_pose_estimate.json").is_file():
         return None
     # Only here, as the library for bags is not needed on machines that only train.
     from nmp.bags.nuscenes_to_bag import read_pose_estimates
 
-    rows = read_pose_estimates(dataroot / version) or {}
-    images = json.loads((dataroot / version / "sample_data.json").read_text())
-    return {
-        dataroot / image["filename"]: _estimate(rows[image["ego_pose_token"]])
-        for image in images
-        if image["is_key_frame"] and image["ego_pose_token"] in rows
-    }
+    return read_pose_estimates(tables)
 
 
 def _estimate(row: Mapping[str, Any]) -> Estimate:
@@ -425,12 +420,12 @@ def shards(job: Job, count: int) -> list[Job]:
     Where scenes share a prior, all scenes that come within ``APART_M`` of each other, directly or over others, stay
     together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
     """
+    from nmp_train.data.sampler import Places, dealt
+
     everything = (*job.train, *job.scenes)
     lengths = np.array([len(s.samples) for s in everything])
     group = np.arange(len(everything))
     if job.protocol in SHARED:
-        from nmp_train.data.sampler import Places
-
         samples = [sample for scene in everything for sample in scene.samples]
         where = Places(
             place=np.unique([s.location for s in samples], return_inverse=True)[1],
@@ -442,11 +437,7 @@ def shards(job: Job, count: int) -> list[Job]:
     size = np.bincount(group, weights=lengths).astype(int)
     if size.max() * count > 1.5 * size.sum():
         log.info("%d of %d frames lie in one connected part of a city and stay in one process", size.max(), size.sum())
-    load, owner = np.zeros(count, int), np.zeros(len(size), int)
-    for k in np.argsort(-size, kind="stable"):
-        owner[k] = load.argmin()
-        load[owner[k]] += size[k]
-    of = owner[group]
+    of = dealt(size, count)[group]
     parts = [
         replace(
             job,

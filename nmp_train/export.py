@@ -16,7 +16,7 @@ from torch import Tensor
 from nmp.errors import NmpError
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.model.runner import Runner, example_inputs, output_difference, window_side
-from nmp.model.weights import read_description
+from nmp.model.weights import fill, read_description
 from nmp_train import checkpoint
 
 HELP = """\
@@ -111,15 +111,13 @@ def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwo
     expected = network.state_dict()
     average = {name.removeprefix("module."): value for name, value in found.part("average").items()}
     state = {name: value for name, value in (average or found.part("network")).items() if name in expected}
-    wrong = sorted(set(expected) - set(state)) + [n for n, v in state.items() if v.shape != expected[n].shape]
-    if wrong:
-        raise NmpError(
-            f"{path} does not fit the network that its configuration describes ({len(wrong)} tensors differ, first "
-            f"{wrong[0]}): train again"
-        )
-    if any(not torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
-        raise NmpError(f"{path} holds NaN or infinite weights: use an earlier run")
-    network.load_state_dict(state)
+    fill(
+        network,
+        state,
+        misfit=f"{path} does not fit the network that its configuration describes",
+        remedy="train again",
+        damage=f"{path} holds NaN or infinite weights: use an earlier run",
+    )
     known: dict[str, Any] = {key: progress[key] for key in ("config", "stage", "step") if key in progress}
     return network.eval(), known
 

@@ -29,6 +29,8 @@ class Shot:
     """ego pose when it was taken: x, y, z, m"""
     rotation: tuple[float, ...]
     """w, x, y, z"""
+    pose_token: str
+    """of this ego pose"""
 
     @property
     def map_from_base(self) -> Array:
@@ -97,6 +99,7 @@ def read_samples(dataroot: Path, version: str, scenes: Sequence[str] | None = No
                 int(r["timestamp"]) * 1000,
                 tuple(float(v) for v in pose["translation"]),
                 tuple(float(v) for v in pose["rotation"]),
+                pose["token"],
             )
         out = []
         for token, sample in samples.items():

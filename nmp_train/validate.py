@@ -23,9 +23,11 @@ from tqdm import tqdm
 from nmp.geometry import BevGrid
 from nmp.metrics import DISTANCE_EDGES_M, IouMeter
 from nmp.model import BEVNetwork, fusion
+from nmp.model.runner import window_side
 from nmp.truth import rasterize
 from nmp_train.config import TrainConfig
 from nmp_train.data import Group, SimulatedGroups, SimulatedSource, collate
+from nmp_train.score import Scores
 from nmp_train.world import World
 
 FRAMES = 48
@@ -35,8 +37,6 @@ POSE_ERRORS = ((0.0, 0.0), (0.2, 0.02), (1.0, math.radians(2.0)))
 TRIPS = ("empty", "one trip before", "two trips before", "three trips before")
 NEAR_CHANGE_M = 2.0
 """what lies this near to a line that was drawn or removed counts as changed"""
-
-Scores = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _drive_all(
 ) -> None:
     """Make all trips, side by side for all drives, each on a map of its own."""
     net = network.config
-    side = 2 * math.ceil(math.hypot(net.bev_length, net.bev_width) / net.prior_cell / 2) + 2
+    side = window_side(net)
     cell = net.prior_cell
     paths = [torch.cat([trip[i].pose[:, :2] for trip in trips]).cpu() for i in range(len(trips[0]))]
     low = [torch.floor(path.amin(0) / cell).long() - side for path in paths]

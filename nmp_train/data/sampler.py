@@ -166,12 +166,20 @@ def geographic_lanes(places: Places, lanes: int) -> Indices:
             frames.max(),
             frames.max() / fair,
         )
-    load = np.zeros(lanes, dtype=np.int64)
-    lane_of = np.zeros(len(frames), dtype=np.int64)
-    for k in np.argsort(-frames, kind="stable"):
-        lane_of[k] = load.argmin()
-        load[lane_of[k]] += frames[k]
-    return lane_of[street]
+    return dealt(frames, lanes)[street]
+
+
+def dealt(sizes: Indices, parts: int) -> Indices:
+    """Deal things of sizes [N] out to parts of about the same size; returns [N] the part of each.
+
+    The biggest goes first, always to the part that has least.
+    """
+    load = np.zeros(parts, dtype=np.int64)
+    part = np.zeros(len(sizes), dtype=np.int64)
+    for k in np.argsort(-sizes, kind="stable"):
+        part[k] = load.argmin()
+        load[part[k]] += sizes[k]
+    return part
 
 
 class StepSampler(Sampler[list[int]]):

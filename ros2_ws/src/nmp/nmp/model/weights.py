@@ -111,6 +111,23 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def fill(network: BEVNetwork, state: dict[str, Tensor], *, misfit: str, remedy: str, damage: str) -> None:
+    """Put tensors into a network, by name.
+
+    Raises :class:`NmpError` when names or shapes are other ones (``misfit``, the tensors, ``remedy``), and when a
+    value is not finite (``damage``).
+    """
+    expected = network.state_dict()
+    wrong = sorted(set(expected) ^ set(state)) + sorted(
+        n for n in set(expected) & set(state) if expected[n].shape != state[n].shape
+    )
+    if wrong:
+        raise NmpError(f"{misfit} ({len(wrong)} tensors differ, first {wrong[0]}): {remedy}")
+    if any(not torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
+        raise NmpError(damage)
+    network.load_state_dict({n: v.to(expected[n].dtype) for n, v in state.items()})
+
+
 def load_network(path: Path | None = None, device: torch.device | str = "cpu") -> tuple[BEVNetwork, str]:
     """Load a network in float32, in evaluation mode, and return it with its fingerprint.
 
@@ -129,18 +146,13 @@ def load_network(path: Path | None = None, device: torch.device | str = "cpu") -
     except SafetensorError as error:
         raise NmpError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
     network = BEVNetwork(config)
-    expected = network.state_dict()
-    wrong = sorted(set(expected) ^ set(state)) + sorted(
-        n for n in set(expected) & set(state) if expected[n].shape != state[n].shape
+    fill(
+        network,
+        state,
+        misfit=f"{path} does not fit the network that {path.with_suffix('.json').name} describes",
+        remedy="the two files do not belong together",
+        damage=f"{path} holds NaN or infinite weights: use an earlier file",
     )
-    if wrong:
-        raise NmpError(
-            f"{path} does not fit the network that {path.with_suffix('.json').name} describes ({len(wrong)} tensors "
-            f"differ, first {wrong[0]}): the two files do not belong together"
-        )
-    if any(not torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
-        raise NmpError(f"{path} holds NaN or infinite weights: use an earlier file")
-    network.load_state_dict({n: v.to(expected[n].dtype) for n, v in state.items()})
     network.to(device).eval()
     digest = hashlib.sha256(data)
     # As it is in the file: a key that a later nmp adds must not orphan the priors of earlier weights.
