@@ -9,6 +9,7 @@ outline, so its polygon is a face of that network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -89,17 +90,61 @@ def vectorize(
         mask = (layer > threshold).astype(np.uint8)
         if not mask.any():
             continue
-        shapes = _crossings(mask, grid) if name == "crossing" else _lines(mask, grid, embedding)
-        elements += [VectorElement(name, shape, _mean_along(layer, shape, grid)) for shape in shapes]
+        shapes = crossings(mask, grid) if name == "crossing" else _lines(mask, grid, embedding)
+        elements += [VectorElement(name, shape, mean_along(layer, shape, grid)) for shape in shapes]
     return elements
+
+
+def outline(shape: BaseGeometry) -> BaseGeometry:
+    """Return the line itself, or the outer ring of a polygon."""
+    return shape.exterior if shape.geom_type == "Polygon" else shape
+
+
+def mean_along(layer: NDArray[np.float32], shape: BaseGeometry, grid: BevGrid) -> float:
+    """Return the mean of a layer [rows, cols] along a line or the outline of a polygon (ego frame, m)."""
+    points = along(outline(shape), grid.resolution)
+    at = (points + [grid.length / 2, grid.width / 2]) / grid.resolution - 0.5
+    return float(map_coordinates(layer, at[:, ::-1].T, order=1, mode="nearest").mean())
+
+
+def along(shape: BaseGeometry, spacing: float) -> Array:
+    """Return points [N, 2] about every ``spacing`` m along a line, both ends among them."""
+    stations = np.linspace(0.0, shape.length, max(2, round(shape.length / spacing) + 1))
+    return np.asarray(shapely.get_coordinates(shapely.line_interpolate_point(shape, stations)))
 
 
 # ----------------------------------------------------------------------------------------- dividers, boundaries
 
 
 def _lines(mask: NDArray[np.uint8], grid: BevGrid, embedding: NDArray[np.float32] | None) -> list[LineString]:
-    pieces = _longest(_without_spurs(_network(thin(mask), embedding), SPUR_M / grid.resolution))
-    lines = _joined([_to_metres(shapely.get_coordinates(p), grid) for p in pieces], grid, embedding)
+    def instance(points: Array) -> Array:
+        assert embedding is not None
+        rows, cols = _cells(points, grid).T
+        return np.asarray(embedding[:, rows, cols].T, np.float64)
+
+    edges = skeleton_edges(thin(mask), embedding)
+    return lines_of(
+        edges, grid.resolution, lambda p: _to_metres(p, grid), instance if embedding is not None else None, MOST_LINES
+    )
+
+
+def lines_of(
+    edges: Array,
+    resolution: float,
+    to_metres: Callable[[Array], Array],
+    instance: Callable[[Array], Array] | None = None,
+    most: int | None = None,
+) -> list[LineString]:
+    """Return the simplified lines (m) of a network of pixels.
+
+    :param edges: neighbouring pixels [N, 2, 2] = (col, row) of middle lines, as :func:`skeleton_edges` gives them
+    :param resolution: edge of a pixel, m
+    :param to_metres: takes pixels [N, 2] to points [N, 2], m
+    :param instance: takes points to embeddings [N, channels]: lines are joined only where these agree
+    :param most: so many lines at most go in, the longest; None: all of them
+    """
+    pieces = _longest(_without_spurs(_merged(shapely.linestrings(edges)), SPUR_M / resolution), most)
+    lines = _joined([to_metres(shapely.get_coordinates(p)) for p in pieces], instance)
     return [simple for line in lines if (simple := line.simplify(TOLERANCE_M)).length >= SHORTEST_M]
 
 
@@ -133,8 +178,11 @@ _DELETE = _guo_hall_tables()
 _NEIGHBOUR_BITS = np.array([[128, 1, 2], [64, 0, 4], [32, 16, 8]], dtype=np.float32)
 
 
-def _network(skeleton: NDArray[np.uint8], embedding: NDArray[np.float32] | None = None) -> list[LineString]:
-    """Return the lines (pixels) between the ends and forks of a skeleton; closed ones without a fork are rings."""
+def skeleton_edges(skeleton: NDArray[np.uint8], embedding: NDArray[np.float32] | None = None) -> Array:
+    """Return the pairs [N, 2, 2] = (col, row) of neighbouring pixels of a skeleton [rows, cols].
+
+    :param embedding: [channels, rows, cols]; neighbours of different elements are no pair
+    """
     on = np.pad(skeleton.astype(bool), 1)
     steps = []
     for row, col in ((0, 1), (1, 0), (1, 1), (1, -1)):
@@ -148,18 +196,18 @@ def _network(skeleton: NDArray[np.uint8], embedding: NDArray[np.float32] | None 
     if embedding is not None:
         near, far = (embedding[:, ends[:, k, 1], ends[:, k, 0]] for k in (0, 1))
         ends = ends[np.linalg.norm(near - far, axis=0) <= INSTANCE_DISTANCE]
-    return _merged(shapely.linestrings(ends.astype(float)))
+    return ends.astype(np.float64)
 
 
 def _merged(lines: NDArray[np.object_] | list[LineString]) -> list[LineString]:
     return list(shapely.get_parts(shapely.line_merge(shapely.multilinestrings(lines))))
 
 
-def _longest(lines: list[LineString]) -> list[LineString]:
-    """Return ``MOST_LINES`` at most: the network of an untrained network's layers has thousands of lines."""
-    if len(lines) <= MOST_LINES:
+def _longest(lines: list[LineString], most: int | None) -> list[LineString]:
+    """Return ``most`` lines at most: the network of an untrained network's layers has thousands of lines."""
+    if most is None or len(lines) <= most:
         return lines
-    kept = np.argsort(-shapely.length(lines), kind="stable")[:MOST_LINES]
+    kept = np.argsort(-shapely.length(lines), kind="stable")[:most]
     return [lines[k] for k in np.sort(kept)]
 
 
@@ -179,7 +227,7 @@ def _without_spurs(lines: list[LineString], shortest: float) -> list[LineString]
     return _merged([line for line, cut in zip(lines, spur, strict=True) if not cut]) if spur.any() else lines
 
 
-def _joined(lines: list[Array], grid: BevGrid, embedding: NDArray[np.float32] | None) -> list[LineString]:
+def _joined(lines: list[Array], embed: Callable[[Array], Array] | None) -> list[LineString]:
     """Join lines [N, 2] (m) whose ends aim at each other: across gaps, and straight on through forks."""
     lines = [line for line in lines if len(line) > 1]
     if not lines:
@@ -187,9 +235,8 @@ def _joined(lines: list[Array], grid: BevGrid, embedding: NDArray[np.float32] | 
     ends = np.array([line[k] for line in lines for k in (0, -1)])
     headings = np.array([_heading(part) for line in lines for part in (line, line[::-1])])
     partner = np.full(len(ends), -1)
-    rows, cols = _cells(ends, grid).T
     # of each end; without embeddings all ends are alike
-    instance = np.zeros((len(ends), 1)) if embedding is None else embedding[:, rows, cols].T
+    instance = np.zeros((len(ends), 1)) if embed is None else embed(ends)
     for _, a, b in sorted(_candidates(ends, headings)):
         same = np.linalg.norm(instance[a] - instance[b]) <= INSTANCE_DISTANCE
         if same and partner[a] < 0 and partner[b] < 0:
@@ -241,11 +288,14 @@ def _candidates(ends: Array, headings: Array) -> list[tuple[float, int, int]]:
 # --------------------------------------------------------------------------------------------------- crossings
 
 
-def _crossings(mask: NDArray[np.uint8], grid: BevGrid) -> list[Polygon]:
-    """Return the faces of the outlines that are crossings, and the hulls of strokes that enclose nothing."""
+def crossings(mask: NDArray[np.uint8], grid: BevGrid) -> list[Polygon]:
+    """Return the crossings (ego frame, m) of a mask [rows, cols] of 0 and 1.
+
+    They are faces of the network of outlines, and the hulls of strokes that enclose nothing.
+    """
     half_l, half_w = grid.length / 2 - grid.resolution / 2, grid.width / 2 - grid.resolution / 2
     region = box(-half_l, -half_w, half_l, half_w)
-    pieces = _longest(_network(thin(mask)))
+    pieces = _longest(_merged(shapely.linestrings(skeleton_edges(thin(mask)))), MOST_LINES)
     outlines = [LineString(_to_metres(shapely.get_coordinates(p), grid)) for p in pieces]
     net = shapely.union_all([*outlines, *_to_the_rim(outlines, region), region.exterior])
     faces = shapely.get_parts(shapely.polygonize(shapely.get_parts(net)))
@@ -299,22 +349,10 @@ def _to_metres(pixels: Array, grid: BevGrid) -> Array:
 
 def _pixels(shape: BaseGeometry, grid: BevGrid) -> NDArray[np.int64]:
     """Return the pixels [N, 2] = (row, col) every half pixel along a line."""
-    return _cells(_along(shape, grid.resolution / 2), grid)
+    return _cells(along(shape, grid.resolution / 2), grid)
 
 
 def _cells(points: Array, grid: BevGrid) -> NDArray[np.int64]:
     """Return the pixels [N, 2] = (row, col) of points [N, 2] (m)."""
     at = (points + [grid.length / 2, grid.width / 2]) / grid.resolution
     return np.clip(np.floor(at[:, ::-1]), 0, np.array(grid.shape) - 1).astype(np.int64)
-
-
-def _along(shape: BaseGeometry, spacing: float) -> Array:
-    """Return points [N, 2] about every ``spacing`` m along a line, both ends among them."""
-    stations = np.linspace(0.0, shape.length, max(2, round(shape.length / spacing) + 1))
-    return np.asarray(shapely.get_coordinates(shapely.line_interpolate_point(shape, stations)))
-
-
-def _mean_along(layer: NDArray[np.float32], shape: BaseGeometry, grid: BevGrid) -> float:
-    line = shape.exterior if shape.geom_type == "Polygon" else shape
-    at = (_along(line, grid.resolution) + [grid.length / 2, grid.width / 2]) / grid.resolution - 0.5
-    return float(map_coordinates(layer, at[:, ::-1].T, order=1, mode="nearest").mean())
