@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from nmp.frame import CAMERAS, CLASSES
-from nmp.topics import BEV, MAP_FRAME, absolute, image_topic, layer_topic
+from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILE = ROOT / "launch" / "mapping.launch.py"
@@ -181,9 +181,10 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
             )
     layers = {private(layer_topic(name)) for name in CLASSES}
     pictures = {private(BEV), *(absolute(image_topic(camera)) for camera in CAMERAS)}
-    assert set(shown) == layers | pictures
-    for topic in layers:
-        assert shown[topic].kind == "rviz_default_plugins/Map"
+    assert set(shown) == layers | pictures | {private(VECTORS)}
+    for topic in (*layers, private(VECTORS)):
+        kind = "Map" if topic in layers else "MarkerArray"
+        assert shown[topic].kind == f"rviz_default_plugins/{kind}"
         assert (shown[topic].durability, shown[topic].reliability) == ("Transient Local", "Reliable")
     for topic in pictures:
         # a best-effort reader matches every writer

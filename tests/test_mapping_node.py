@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -25,12 +26,13 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
+from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagMessage  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
-from nmp.geometry import BevGrid, yaw_of  # noqa: E402
+from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import from_occupancy_grids, to_ns, to_occupancy_grids  # noqa: E402
@@ -210,6 +212,68 @@ def test_location_by_parameter(world: Ros, drive: Path) -> None:
     rig = Rig(world, location="boston-seaport")
     rig.play(drive)
     assert [f.location for f in rig.mapper.frames] == ["boston-seaport"] * 4
+
+
+class Street(FakeMapper):
+    """Sees a line 2 m to the left of the first pose, in all frames but one, and a crossing in the first only."""
+
+    def update(self, frame: Frame) -> LocalMap:
+        answer = super().update(frame)
+        begin = self.frames[0].map_from_base
+        layers = np.zeros_like(answer.probabilities)
+        if len(self.frames) != 3:
+            ego = inverse(frame.map_from_base) @ begin
+            points = np.array([(x, 2.0, 0.0, 1.0) for x in np.linspace(-20.0, 20.0, 30)]) @ ego.T
+            pixels = (points[:, :2] + [GRID.length / 2, GRID.width / 2]) / GRID.resolution
+            cv2.polylines(layers[0], [pixels.astype(np.int32)], False, 0.8, 5)
+        if len(self.frames) == 1:
+            layers[1, 10:30, 20:60] = 0.9
+        return replace(answer, probabilities=layers, evidence=np.full(GRID.shape, 3.0, np.float32))
+
+
+def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
+    rig = Rig(world, Street())
+    rig.play(drive)
+    late: list[MarkerArray] = []
+    # Nobody listened: nothing was made.
+    world.probe("late").create_subscription(
+        MarkerArray, "/mapping_node/vectors", late.append, profile(topics.TopicQos(depth=10, latched=True))
+    )
+    time.sleep(0.3)
+    assert not late and len(rig.mapper.frames) == 4
+    rig.mapper.frames.clear()
+    rig.play(drive)
+    assert until(lambda: len(late) == 4), len(late)
+
+    def shown(array: MarkerArray, action: int) -> set[tuple[str, int]]:
+        return {(m.ns, m.id) for m in array.markers if m.action == action}
+
+    line = next(m for m in late[0].markers if m.ns == "divider")
+    crossing = next(m for m in late[0].markers if m.ns == "crossing")
+    both = {("divider", line.id), ("crossing", crossing.id)}
+    assert [shown(a, Marker.ADD) for a in late] == [both, {("divider", line.id)}, set(), {("divider", line.id)}]
+    assert [shown(a, Marker.DELETE) for a in late] == [
+        set(),
+        both - {("divider", line.id)},
+        both,
+        both - {("divider", line.id)},
+    ]
+    begin = rig.mapper.frames[0].map_from_base
+    for array, frame in zip(late, rig.mapper.frames, strict=True):
+        assert all((m.header.frame_id, to_ns(m.header.stamp)) == ("map", frame.stamp_ns) for m in array.markers)
+    assert line.type == Marker.LINE_STRIP and line.pose.orientation.w == 1.0 and line.scale.x > 0
+    for point in line.points:
+        assert (inverse(begin) @ [point.x, point.y, 0.0, 1.0])[1] == pytest.approx(2.0, abs=0.25)
+    assert crossing.points[0] == crossing.points[-1]
+    last = next(m for m in late[3].markers if m.ns == "divider")
+    said = json.loads(last.text)
+    assert (said["frames"], said["age_s"], said["evidence"]) == (3, pytest.approx(1.5), 3.0)
+    assert said["confidence"] == pytest.approx(0.8, abs=0.05) and last.color.a == pytest.approx(0.86, abs=0.04)
+
+
+def test_vectors_can_be_switched_off(world: Ros) -> None:
+    rig = Rig(world, vectors=False)
+    assert "/mapping_node/vectors" not in dict(rig.node.get_topic_names_and_types())
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

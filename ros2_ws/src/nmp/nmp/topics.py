@@ -22,6 +22,8 @@ DIAGNOSTICS = "/diagnostics"
 CLOCK = "/clock"
 BEV = "~/bev"
 """sensor_msgs/Image: the layers as a picture, for looking."""
+VECTORS = "~/vectors"
+"""visualization_msgs/MarkerArray, latched: the elements around the car, with lasting ids."""
 SAVE_PRIOR = "~/save_prior"
 
 MAP_FRAME = "map"

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import array
+import json
 
 import numpy as np
 from builtin_interfaces.msg import Time
+from geometry_msgs.msg import Point
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 from sensor_msgs.msg import Image
+from visualization_msgs.msg import Marker, MarkerArray
 
 from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw, yaw_of
 from nmp.layers import to_occupancy
+from nmp.vectorize import outline
+from nmp.vectors.elements import MapElement
+from nmp.vectors.tracker import Tracked
 
 try:
     from tf_transformations import euler_from_quaternion, quaternion_from_euler  # type: ignore[import-not-found]
 except ImportError:
     from nmp.nodes.tf_compat import euler_from_quaternion, quaternion_from_euler
+
+LINE_WIDTH_M = 0.2
+"""of a marker"""
 
 
 def to_time(stamp_ns: int) -> Time:
@@ -102,3 +111,51 @@ def to_image(rgb: NDArray[np.uint8], stamp_ns: int) -> Image:
     # An array.array is taken as it is; bytes would be checked element by element.
     msg.data = array.array("B", np.ascontiguousarray(rgb).tobytes())
     return msg
+
+
+def to_markers(tracked: Tracked) -> MarkerArray:
+    """Return a line in ``map`` for every element, and a deletion for every one that is gone.
+
+    ``ns`` is the class and ``id`` that of the element, closed for a crossing, as opaque as it is sure. ``text``, which
+    a line does not show, holds what else is known: :func:`describe` as JSON.
+    """
+    out = MarkerArray()
+    for element in tracked.elements:
+        marker = _marker(element.name, element.id, tracked.stamp_ns)
+        marker.type, marker.action = Marker.LINE_STRIP, Marker.ADD
+        marker.pose.orientation.w = 1.0
+        marker.scale.x = LINE_WIDTH_M
+        red, green, blue = (value / 255.0 for value in _colour(element.name))
+        marker.color.r, marker.color.g, marker.color.b = red, green, blue
+        marker.color.a = 0.3 + 0.7 * element.confidence
+        marker.points = [Point(x=float(x), y=float(y), z=0.0) for x, y in outline(element.geometry).coords]
+        marker.text = json.dumps(describe(element))
+        out.markers.append(marker)
+    for name, number in tracked.gone:
+        marker = _marker(name, number, tracked.stamp_ns)
+        marker.action = Marker.DELETE
+        out.markers.append(marker)
+    return out
+
+
+def describe(element: MapElement) -> dict[str, float | int]:
+    """Return confidence (0..1), age (s), frames and, where it is known, evidence."""
+    out: dict[str, float | int] = {
+        "confidence": round(element.confidence, 3),
+        "age_s": round(element.age_s, 3),
+        "frames": element.frames,
+    }
+    return out if element.evidence is None else out | {"evidence": round(element.evidence, 1)}
+
+
+def _marker(name: str, number: int, stamp_ns: int) -> Marker:
+    marker = Marker(ns=name, id=number)
+    marker.header.stamp = to_time(stamp_ns)
+    marker.header.frame_id = topics.MAP_FRAME
+    return marker
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    from nmp.draw import CLASS_COLOURS  # brings matplotlib, which takes its time
+
+    return CLASS_COLOURS[name]

@@ -29,15 +29,17 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
+from visualization_msgs.msg import MarkerArray
 
 from nmp import topics
 from nmp.assembly import FrameAssembler
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, CLASSES, Frame, LocalMap
-from nmp.nodes.conversions import to_image, to_occupancy_grids
+from nmp.nodes.conversions import to_image, to_markers, to_occupancy_grids
 from nmp.nodes.qos import profile
 from nmp.nodes.runtime import run_node
 from nmp.nodes.statistics import RunStatistics
+from nmp.vectors.tracker import ElementTracker
 
 SILENT_AFTER = 2.0
 """a topic without messages for so long (s, wall time) is reported"""
@@ -119,6 +121,10 @@ class MappingNode(Node):
             c: self.create_publisher(OccupancyGrid, topics.layer_topic(c), profile(topics.LATCHED)) for c in CLASSES
         }
         self._picture = self.create_publisher(Image, topics.BEV, profile(topics.PICTURE))
+        self._tracker = ElementTracker()
+        self._vectors = (
+            self.create_publisher(MarkerArray, topics.VECTORS, profile(topics.LATCHED)) if s["vectors"] else None
+        )
         self._diagnostics = self.create_publisher(DiagnosticArray, topics.DIAGNOSTICS, 10)
         self.create_service(SavePrior, topics.SAVE_PRIOR, self._on_save)
         self._subscribe()
@@ -153,6 +159,7 @@ class MappingNode(Node):
         declare("flush_interval", 2.0, "Longest time, s, that a change of the prior stays in memory.", 0.1, 3600.0)
         declare("image_transport", "compressed", "Images to subscribe to: compressed or raw.")
         declare("pose_type", "odometry", "Message of the topic 'odom': odometry or pose_with_covariance.")
+        declare("vectors", True, "Publish lines and polygons on ~/vectors while somebody listens; false: never.")
         declare("stats_file", "", "JSON file to write counts and latency to at the end; empty: none.")
         self._choice("image_transport", "compressed", "raw")
         self._choice("pose_type", "odometry", "pose_with_covariance")
@@ -233,6 +240,8 @@ class MappingNode(Node):
             self._failing = ""
             if self._picture.get_subscription_count():
                 self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
+            if self._vectors is not None and self._vectors.get_subscription_count():
+                self._vectors.publish(to_markers(self._tracker.update(local_map)))
         except NmpError as exc:
             self._fail(REFUSED, str(exc))
         except Exception as exc:  # the node lives on: the next frame may be a better one
