@@ -352,6 +352,42 @@ def city_picture(
     return _framed_map(out, title, resolution, f"{len(maps)} keyframes")
 
 
+def vector_picture(
+    layers: Layers,
+    seen: NDArray[np.float32],
+    corner: tuple[float, float],
+    resolution: float,
+    lines: Iterable[tuple[str, Array]],
+    title: str = "",
+) -> Picture:
+    """Draw lines over the faint raster that they were made from, north up, with a dot at every vertex.
+
+    :param layers: row 0 is in the south
+    :param seen: [rows, cols] 0 where nothing was seen, else 1
+    :param corner: x, y of the south-western corner, map frame, m
+    :param resolution: edge of a cell, m
+    :param lines: class and points [N, 2] (map frame, m)
+    """
+    rows, cols = np.nonzero(seen)
+    if not len(rows):
+        raise NmpError("nothing was ever seen: there is no map to draw")
+    rim = math.ceil(5.0 / resolution)
+    bottom, top = max(rows.min() - rim, 0), min(rows.max() + rim, seen.shape[0] - 1)
+    left, right = max(cols.min() - rim, 0), min(cols.max() + rim, seen.shape[1] - 1)
+    part = np.s_[bottom : top + 1, left : right + 1]
+    faint = _paint(_ground(seen[part]), np.stack([layer[part] for layer in layers]).astype(np.float32), 0.35)
+    out = np.ascontiguousarray(faint[::-1])
+    dot = max(1, round(max(out.shape) / 900))
+    for name, points in lines:
+        pixels = (points - corner) / resolution - [left, bottom]
+        pixels[:, 1] = out.shape[0] - pixels[:, 1]
+        whole = np.rint(pixels).astype(np.int32)
+        cv2.polylines(out, [whole], False, CLASS_COLOURS[name], dot, cv2.LINE_AA)
+        for point in whole:
+            cv2.circle(out, tuple(int(v) for v in point), dot + 1, CLASS_COLOURS[name], -1, cv2.LINE_AA)
+    return _framed_map(out, title, resolution, "")
+
+
 def _corners(m: LocalMap) -> Array:
     """Return the corners of a local map in the map frame, [4, 2] m."""
     pose = flatten_to_plane(m.map_from_base)
@@ -403,7 +439,7 @@ def _zoom(width: int) -> float:
 
 
 def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> Picture:
-    """Add the title with the legend above and the scale bar below."""
+    """Add the title with the legend above and the scale bar below; ``note`` tells of the way driven, if it is drawn."""
     width = max(picture.shape[1], 760)
     zoom = _zoom(width)
     foot = np.full((round(44 * zoom), width, 3), INK, np.uint8)
@@ -417,8 +453,9 @@ def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> P
         cv2.line(foot, (x, middle - margin // 2), (x, middle + margin // 2), TEXT, 2)
     x = _write(foot, f"{metres} m", end + margin, top, size)
     x = _write(foot, "north is up", x + 2 * margin, top, size, FAINT) + 2 * margin
-    cv2.circle(foot, (x + margin // 2, middle), round(5 * zoom), TRACK, -1, cv2.LINE_AA)
-    _write(foot, f"start of the way driven ({note})", x + round(1.3 * margin), top, size, FAINT)
+    if note:
+        cv2.circle(foot, (x + margin // 2, middle), round(5 * zoom), TRACK, -1, cv2.LINE_AA)
+        _write(foot, f"start of the way driven ({note})", x + round(1.3 * margin), top, size, FAINT)
     padded = np.full((picture.shape[0], width, 3), INK, np.uint8)
     left = (width - picture.shape[1]) // 2
     padded[:, left : left + picture.shape[1]] = picture
