@@ -8,6 +8,7 @@ tangent plane.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -60,5 +61,10 @@ def proj_string(origin: Origin) -> str:
 
 def to_wgs84(shape: BaseGeometry, origin: Origin) -> BaseGeometry:
     """Return a shape of the map frame (m) in longitude and latitude (degrees, WGS84), in this order."""
-    step = Transformer.from_crs(CRS.from_proj4(proj_string(origin)), CRS.from_epsg(4326), always_xy=True)
+    step = _transformer(origin)
     return transform(shape, lambda points: np.column_stack(step.transform(points[:, 0], points[:, 1])))
+
+
+@lru_cache(maxsize=8)
+def _transformer(origin: Origin) -> Transformer:
+    return Transformer.from_crs(CRS.from_proj4(proj_string(origin)), CRS.from_epsg(4326), always_xy=True)

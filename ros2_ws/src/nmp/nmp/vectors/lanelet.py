@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def write_lanelet2(path: Path, elements: Sequence[MapElement], location: str, or
         io.write(str(partial), city, projection.LocalCartesianProjector(io.Origin(*origin)))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         reason = getattr(error, "strerror", None) or error
         raise NmpError(f"cannot write {path} ({reason}): choose another --out") from error
 

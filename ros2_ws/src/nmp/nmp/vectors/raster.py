@@ -1,8 +1,9 @@
 """The layers of whole drives in one raster of a city, tile by tile, in bounded memory.
 
-A pixel holds the mean of all probabilities that were ever drawn over it, weighted with the evidence of each, in the
-axes of the map. Coarser cells count the frames that saw them and the visits: a visit begins when nothing was seen of a
-cell for ``VISIT_GAP_S``. Tiles that were not used for a while are moved to a temporary folder.
+A pixel holds the mean of all probabilities that were ever drawn over it, in the axes of the map, weighted with the
+evidence of each and with how near to the car it was. Coarser cells count the frames that saw them and the visits: a
+visit begins when nothing was seen of a cell for ``VISIT_GAP_S``. Tiles that were not used for a while are moved to a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,8 @@ TILE_PX = 400
 CELL_PX = 4
 """edge of the cells in which frames and visits are counted"""
 VISIT_GAP_S = 60.0
+HALF_WEIGHT_M = 15.0
+"""what is seen from so far counts half as much as what is seen from nearby: cameras resolve less of it"""
 RESIDENT = 48
 """tiles that stay in memory: 3 MB each"""
 LEAST_WEIGHT = 0.05
@@ -270,7 +274,7 @@ def _turned(local_map: LocalMap, resolution: float) -> tuple[int, int, NDArray[n
     The array is [classes + 1, rows, cols]: weighted probabilities, then the weight; it begins and ends on whole cells.
     """
     grid = local_map.grid
-    weight = np.where(np.isfinite(local_map.evidence), np.maximum(local_map.evidence, 0.0), 0.0).astype(np.float32)
+    weight = (local_map.evidence * _nearness(grid)).astype(np.float32)
     votes = np.dstack([*(local_map.probabilities * weight), weight])
     pose = flatten_to_plane(local_map.map_from_base)
     half = np.array([grid.length, grid.width]) / 2
@@ -281,6 +285,13 @@ def _turned(local_map: LocalMap, resolution: float) -> tuple[int, int, NDArray[n
     warp = _pixel_from_metre(left, top, resolution) @ pose[np.ix_([0, 1, 3], [0, 1, 3])] @ _metre_from_cell(grid)
     turned = cv2.warpAffine(votes, warp[:2], (right - left, bottom - top), flags=cv2.INTER_LINEAR)
     return left, top, np.ascontiguousarray(np.moveaxis(turned, -1, 0), np.float32)
+
+
+@lru_cache(maxsize=4)
+def _nearness(grid: BevGrid) -> NDArray[np.float32]:
+    """Return what a cell [rows, cols] counts, 1 at the car."""
+    distance = np.linalg.norm(grid.centres(), axis=-1)
+    return np.asarray(1.0 / (1.0 + (distance / HALF_WEIGHT_M) ** 2), np.float32)
 
 
 def _metre_from_cell(grid: BevGrid) -> Array:
