@@ -18,6 +18,7 @@ from shapely.geometry import LineString, Polygon, shape
 from nmp.cli import main
 from nmp.errors import NmpError
 from nmp.frame import CLASSES, LocalMap
+from nmp.geometry import BevGrid
 from nmp.layers import LayerWriter
 from nmp.vectors.city import city_elements, raster_of
 from nmp.vectors.elements import MapElement
@@ -305,6 +306,18 @@ def test_wrong_input_is_one_message(layers: Path, tmp_path: Path, capsys: pytest
     lost = LocalMap(**{**vars(elsewhere), "map_from_base": np.full((4, 4), np.nan)})
     LayerWriter(tmp_path / "lost").write(lost)
     assert "pose is not finite" in error(tmp_path / "lost", "--out", out)
+    coarse = LocalMap(**{**vars(elsewhere), "grid": BevGrid(60.0, 30.0, 0.0)})
+    LayerWriter(tmp_path / "coarse").write(coarse)
+    assert "cells of 0 m are too small" in error(tmp_path / "coarse", "--out", out)
+    LayerWriter(tmp_path / "mixed").write(local_map(9.5, *AT, city=CITY, location=LOCATION))
+    half = local_map(9.6, *AT, city=CITY, location=LOCATION)
+    cells = half.probabilities[:, ::2, ::2]
+    LayerWriter(tmp_path / "mixed").write(
+        LocalMap(
+            **{**vars(half), "grid": BevGrid(60, 30, 0.3), "probabilities": cells, "evidence": half.evidence[::2, ::2]}
+        )
+    )
+    assert "layers of 0.15 m and of 0.3 m a cell" in error(tmp_path / "mixed", "--out", out)
     (tmp_path / "file").write_text("")
     assert "cannot write" in error(layers, "--out", tmp_path / "file" / "map.geojson")
     assert "cannot write the picture" in error(layers, "--out", out, "--picture", tmp_path / "file" / "map.png")

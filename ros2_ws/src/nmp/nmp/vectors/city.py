@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 from shapely import affinity
-from shapely.geometry import LineString, Polygon
+from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from nmp.errors import NmpError
@@ -18,7 +21,7 @@ from nmp.geometry import Array, BevGrid
 from nmp.layers import read_layers
 from nmp.vectorize import along, crossings, lines_of, outline, skeleton_edges, thin
 from nmp.vectors.elements import MapElement
-from nmp.vectors.raster import TILE_PX, CityRaster
+from nmp.vectors.raster import TILE_PX, CityRaster, Index
 
 THRESHOLD = 0.5
 LINE_MARGIN_M = 9.0
@@ -43,12 +46,54 @@ def raster_of(folders: Sequence[Path], raster: CityRaster) -> None:
 def city_elements(raster: CityRaster) -> list[MapElement]:
     """Return the elements of everything that a raster holds, numbered in the order in which they were first seen."""
     found: list[tuple[str, BaseGeometry]] = []
-    for layer, name in enumerate(CLASSES):
-        shapes = _crossings(raster, layer) if name == "crossing" else _lines(raster, layer)
-        found += [(name, shape) for shape in shapes]
+    for name, pieces in _pieces(raster).items():
+        if name == "crossing":
+            found += [(name, shape) for shape in _distinct(pieces)]
+        else:
+            edges = np.concatenate([np.zeros((0, 2, 2)), *pieces])
+            found += [(name, line) for line in lines_of(edges, raster.resolution, lambda p: _centres(p, raster))]
     elements = [_described(name, shape, raster) for name, shape in found]
     elements.sort(key=lambda e: (e.first_seen_ns, CLASSES.index(e.name), *e.geometry.bounds))
-    return [MapElement(**{**vars(e), "id": number}) for number, e in enumerate(elements, start=1)]
+    return [replace(e, id=number) for number, e in enumerate(elements, start=1)]
+
+
+def _pieces(raster: CityRaster) -> dict[str, list[Any]]:
+    """Return what each tile gives to each class: whole crossings, and pairs of pixels on middle lines."""
+    out: dict[str, list[Any]] = {name: [] for name in CLASSES}
+    margin = round(CROSSING_MARGIN_M / raster.resolution)
+    core = np.s_[margin:-margin, margin:-margin]
+    for index in raster.tiles:
+        masks = (raster.window(index, margin) > THRESHOLD).astype(np.uint8)
+        for name, mask in zip(CLASSES, masks, strict=True):
+            if not mask[core].any():
+                continue
+            if name == "crossing":
+                out[name] += _crossings(mask, index, raster)
+            else:
+                out[name].append(_edges(mask, margin, index, raster))
+    return out
+
+
+def _edges(mask: NDArray[np.uint8], margin: int, index: Index, raster: CityRaster) -> Array:
+    """Return the pairs of pixels [N, 2, 2] of a city of which the first lies in the tile."""
+    less = margin - round(LINE_MARGIN_M / raster.resolution)
+    found = skeleton_edges(thin(mask[less:-less, less:-less])) + less - margin
+    inside = ((found[:, 0] >= 0) & (found[:, 0] < TILE_PX)).all(axis=1)
+    return np.asarray(found[inside] + np.array(index) * TILE_PX)
+
+
+def _crossings(mask: NDArray[np.uint8], index: Index, raster: CityRaster) -> list[Polygon]:
+    """Return the crossings (map frame, m) whose centre lies in the tile."""
+    side = mask.shape[0] * raster.resolution
+    shapes = crossings(mask, BevGrid(side, side, raster.resolution))
+    # A metre more, so that a crossing whose centre lies on an edge is missed by neither side.
+    reach = raster.edge / 2 + 1.0
+    mine = [s for s in shapes if max(abs(s.centroid.x), abs(s.centroid.y)) <= reach]
+    return [affinity.translate(s, *((np.array(index) + 0.5) * raster.edge)) for s in mine]
+
+
+def _centres(pixels: Array, raster: CityRaster) -> Array:
+    return np.asarray((pixels + 0.5) * raster.resolution)
 
 
 def _described(name: str, shape: BaseGeometry, raster: CityRaster) -> MapElement:
@@ -67,43 +112,6 @@ def _described(name: str, shape: BaseGeometry, raster: CityRaster) -> MapElement
         frames=int(np.median(seen.frames[known])),
         traversals=int(np.median(seen.visits[known])),
     )
-
-
-def _lines(raster: CityRaster, layer: int) -> list[LineString]:
-    """Return the lines of one layer: middle lines tile by tile, joined over the whole city."""
-    margin = round(LINE_MARGIN_M / raster.resolution)
-    edges = [np.zeros((0, 2, 2))]
-    for index in raster.tiles:
-        mask = (raster.window(index, margin)[layer] > THRESHOLD).astype(np.uint8)
-        if not mask.any():
-            continue
-        found = skeleton_edges(thin(mask))
-        core = ((found[:, 0] >= margin) & (found[:, 0] < margin + TILE_PX)).all(axis=1)
-        edges.append(found[core] - margin + np.array(index) * TILE_PX)
-    return lines_of(np.concatenate(edges), raster.resolution, lambda p: _pixel_centres(p, raster))
-
-
-def _pixel_centres(pixels: Array, raster: CityRaster) -> Array:
-    return np.asarray((pixels + 0.5) * raster.resolution)
-
-
-def _crossings(raster: CityRaster, layer: int) -> list[Polygon]:
-    margin = round(CROSSING_MARGIN_M / raster.resolution)
-    side = (TILE_PX + 2 * margin) * raster.resolution
-    grid = BevGrid(side, side, raster.resolution)
-    found: list[Polygon] = []
-    for index in raster.tiles:
-        mask = (raster.window(index, margin)[layer] > THRESHOLD).astype(np.uint8)
-        if not mask[margin:-margin, margin:-margin].any():
-            continue
-        centre = (np.array(index) + 0.5) * raster.edge
-        found += [affinity.translate(shape, *centre) for shape in crossings(mask, grid) if _belongs(shape, raster.edge)]
-    return _distinct(found)
-
-
-def _belongs(shape: Polygon, edge: float) -> bool:
-    # A metre more, so that a crossing whose centre lies on an edge is missed by neither side.
-    return bool(np.abs([shape.centroid.x, shape.centroid.y]).max() <= edge / 2 + 1.0)
 
 
 def _distinct(shapes: Iterable[Polygon]) -> list[Polygon]:

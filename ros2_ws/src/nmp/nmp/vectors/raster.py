@@ -36,6 +36,8 @@ RESIDENT = 48
 """tiles that stay in memory: 3 MB each"""
 LEAST_WEIGHT = 0.05
 """pixels of less are unknown: they were touched by the rim of a layer only"""
+FINEST_M, COARSEST_M = 0.02, 2.0
+"""edges of cells that make sense"""
 FARTHEST_M = 1e6
 """no map frame reaches further"""
 Index = tuple[int, int]
@@ -101,6 +103,8 @@ class CityRaster:
         self._resident = resident
         self._tiles: OrderedDict[Index, _Tile] = OrderedDict()
         self._stored: set[Index] = set()
+        self._changed: set[Index] = set()
+        """tiles in memory that are newer than in the folder"""
         self._folder = tempfile.TemporaryDirectory(prefix="nmp-vectors-")
 
     def add(self, local_map: LocalMap) -> None:
@@ -122,13 +126,16 @@ class CityRaster:
             if not cells[their_cells].any():
                 continue
             tile = self._tile(index)
+            self._changed.add(index)
             tile.sums[(slice(None), *mine)] += votes[(slice(None), *theirs)]
             _count(tile, mine_cells, cells[their_cells], local_map.stamp_ns)
         self.frames += 1
 
     def _check(self, local_map: LocalMap) -> None:
         where = f"layers of {local_map.stamp_ns}"
-        pose = local_map.map_from_base
+        pose, resolution = local_map.map_from_base, local_map.grid.resolution
+        if not FINEST_M <= resolution <= COARSEST_M:
+            raise NmpError(f"{where}: cells of {resolution:g} m are too small or too large: write them again")
         if local_map.probabilities.shape != (len(CLASSES), *local_map.grid.shape) or pose.shape != (4, 4):
             raise NmpError(f"{where}: cells or pose do not have the shape that their grid asks for: write them again")
         if not np.isfinite(pose).all() or np.abs(pose[:2, 3]).max() > FARTHEST_M:
@@ -136,15 +143,13 @@ class CityRaster:
                 f"{where}: the pose is not finite, or further than {FARTHEST_M / 1e3:.0f} km away: map again"
             )
         if not self.frames:
-            self.location, self.resolution = local_map.location, local_map.grid.resolution
+            self.location, self.resolution = local_map.location, resolution
         if local_map.location != self.location:
             raise NmpError(
                 f"layers of two cities, {self.location} and {local_map.location}: give the folders of one city"
             )
-        if local_map.grid.resolution != self.resolution:
-            raise NmpError(
-                f"layers of {self.resolution:g} m and of {local_map.grid.resolution:g} m a cell: make one map of each"
-            )
+        if resolution != self.resolution:
+            raise NmpError(f"layers of {self.resolution:g} m and of {resolution:g} m a cell: make one map of each")
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -236,7 +241,8 @@ class CityRaster:
         self._tiles[index] = tile
         if len(self._tiles) > self._resident:
             oldest, old = self._tiles.popitem(last=False)
-            self._store(oldest, old)
+            if oldest in self._changed:
+                self._store(oldest, old)
         return tile
 
     def _path(self, index: Index) -> Path:
@@ -250,6 +256,7 @@ class CityRaster:
                 f"cannot write {self._path(index)} ({error.strerror}): free some space, or set TMPDIR to another disk"
             ) from error
         self._stored.add(index)
+        self._changed.discard(index)
 
     def _load(self, index: Index) -> _Tile:
         with np.load(self._path(index), allow_pickle=False) as data:
