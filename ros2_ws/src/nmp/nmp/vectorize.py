@@ -184,14 +184,15 @@ def skeleton_edges(skeleton: NDArray[np.uint8], embedding: NDArray[np.float32] |
     :param embedding: [channels, rows, cols]; neighbours of different elements are no pair
     """
     on = np.pad(skeleton.astype(bool), 1)
+    rows, cols = np.nonzero(on)
     steps = []
     for row, col in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        start = on & np.roll(on, (-row, -col), (0, 1))
+        start = on[rows + row, cols + col]
         if row and col:
             # Around a corner only along its sides: else every corner would be a small triangle.
-            start &= ~(np.roll(on, -row, 0) | np.roll(on, -col, 1))
-        rows, cols = np.nonzero(start)
-        steps.append(np.stack([cols - 1, rows - 1, cols - 1 + col, rows - 1 + row], axis=1).reshape(-1, 2, 2))
+            start = start & ~(on[rows + row, cols] | on[rows, cols + col])
+        x, y = cols[start] - 1, rows[start] - 1
+        steps.append(np.stack([x, y, x + col, y + row], axis=1).reshape(-1, 2, 2))
     ends = np.concatenate(steps)
     if embedding is not None:
         near, far = (embedding[:, ends[:, k, 1], ends[:, k, 0]] for k in (0, 1))

@@ -126,7 +126,11 @@ def assign(new: Sequence[BaseGeometry], old: Sequence[BaseGeometry]) -> list[int
     out: list[int | None] = [None] * len(new)
     if not new or not old:
         return out
-    together = np.array([[_together(a, b) for b in old] for a in new])
+    mine, theirs = [outline(a) for a in new], [outline(b) for b in old]
+    together = np.zeros((len(new), len(old)))
+    near = shapely.dwithin(np.array(mine, object)[:, None], np.array(theirs, object)[None], NEAR_M)
+    for a, b in np.argwhere(near):
+        together[a, b] = _together(mine[a], theirs[b])
     for a, b in zip(*linear_sum_assignment(together, maximize=True), strict=True):
         if together[a, b] > 0:
             out[a] = int(b)
@@ -134,11 +138,9 @@ def assign(new: Sequence[BaseGeometry], old: Sequence[BaseGeometry]) -> list[int
 
 
 def _together(new: BaseGeometry, old: BaseGeometry) -> float:
-    """Return the length (m) that two elements have in common, where near counts more; 0 when that is too little."""
-    first, second = sorted((outline(new), outline(old)), key=lambda line: line.length)
-    if shapely.distance(first, second) > NEAR_M:
-        return 0.0
-    distance = shapely.distance(shapely.points(along(first, SPACING_M)), second)
+    """Return the length (m) that two lines have in common, where near counts more; 0 when that is too little."""
+    shorter, longer = sorted((new, old), key=lambda line: line.length)
+    distance = shapely.distance(shapely.points(along(shorter, SPACING_M)), longer)
     near = distance < NEAR_M
     if near.mean() < SHARED:
         return 0.0
