@@ -15,7 +15,6 @@ from shapely import affinity
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from nmp.errors import NmpError
 from nmp.frame import CLASSES
 from nmp.geometry import Array, BevGrid
 from nmp.layers import read_layers
@@ -37,7 +36,7 @@ SAMPLE_M = 0.6
 def raster_of(folders: Sequence[Path], raster: CityRaster) -> None:
     """Add the layers of all folders in the order of time, over all of them.
 
-    Raises :class:`NmpError` for a folder without layers, a foreign file among them, and layers of two cities.
+    Raises :class:`nmp.errors.NmpError` for a folder without layers, a foreign file, and layers of two cities.
     """
     for local_map in heapq.merge(*(read_layers(folder) for folder in folders), key=lambda m: m.stamp_ns):
         raster.add(local_map)
@@ -52,7 +51,7 @@ def city_elements(raster: CityRaster) -> list[MapElement]:
         else:
             edges = np.concatenate([np.zeros((0, 2, 2)), *pieces])
             found += [(name, line) for line in lines_of(edges, raster.resolution, lambda p: _centres(p, raster))]
-    elements = [_described(name, shape, raster) for name, shape in found]
+    elements = [e for name, shape in found if (e := _described(name, shape, raster)) is not None]
     elements.sort(key=lambda e: (e.first_seen_ns, CLASSES.index(e.name), *e.geometry.bounds))
     return [replace(e, id=number) for number, e in enumerate(elements, start=1)]
 
@@ -96,12 +95,13 @@ def _centres(pixels: Array, raster: CityRaster) -> Array:
     return np.asarray((pixels + 0.5) * raster.resolution)
 
 
-def _described(name: str, shape: BaseGeometry, raster: CityRaster) -> MapElement:
+def _described(name: str, shape: BaseGeometry, raster: CityRaster) -> MapElement | None:
+    """Return an element without a number yet; None for the hull of strokes around a place that nobody looked at."""
     points = along(outline(shape), SAMPLE_M)
     seen = raster.seen(points)
     known = seen.frames > 0
     if not known.any():
-        raise NmpError(f"a {name} lies where nothing was ever seen: please report it with the layers")
+        return None
     return MapElement(
         id=0,
         name=name,
