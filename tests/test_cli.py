@@ -12,7 +12,7 @@ import nmp
 from nmp import cli
 from nmp.errors import NmpError
 
-COMMANDS = ("bag", "map", "eval", "truth")
+COMMANDS = ("bag", "map", "eval", "prior", "truth")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

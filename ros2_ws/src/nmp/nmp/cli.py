@@ -29,6 +29,7 @@ COMMANDS = {
     "bag": Command("turn a nuScenes scene into a rosbag2", "nmp.bags.nuscenes_to_bag"),
     "map": Command("map a recorded drive, as fast as it goes, without DDS", "nmp.replay"),
     "eval": Command("score layers against the map expansion (IoU)", "nmp.evaluation"),
+    "prior": Command("look after a stored city: log, merge, roll back, compact, verify", "nmp.prior.commands"),
     "truth": Command("draw ground-truth layers at any poses", "nmp.evaluation", "add_truth_arguments", "run_truth"),
 }
 

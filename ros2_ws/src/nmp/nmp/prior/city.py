@@ -18,7 +18,7 @@ from nmp.errors import NmpError
 from nmp.prior.cache import TileCache
 from nmp.prior.cells import Cells
 from nmp.prior.drive import OpenDrive, Tile
-from nmp.prior.ledger import Ledger, State
+from nmp.prior.ledger import Compacted, Ledger, State
 from nmp.prior.record import Record
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import Block, Key, blocks, bounds
@@ -316,15 +316,24 @@ class CityPrior:
         """Return those of the tiles that are stored: as the own drive left them, or as the drives before did."""
         own = self._drive.load(keys) if self._drive is not None else {}
         others = [key for key in keys if key not in own]
-        committed = self._state.load(others) if self._state is not None else {}
+        committed = self._committed(others)
         return own | {key: Tile(cells, self.spec) for key, cells in committed.items()}
+
+    def _committed(self, keys: list[Key]) -> dict[Key, Cells]:
+        if self._state is None or self._ledger is None:
+            return {}
+        try:
+            return self._state.load(keys)
+        except Compacted:
+            self._state = State(self._ledger, self._ledger.active())
+            return self._state.load(keys)
 
     def _fetch_ahead(self) -> None:
         """Load what :meth:`prefetch` asked for, until told to stop."""
         while self._fetch.wait() and not self._stop.is_set():
             self._fetch.clear()
             window = self._wanted
-            if window is None or self._state is None:
+            if window is None:
                 continue
             with self._guard:
                 saved = self._drive.saved if self._drive is not None else set()
@@ -332,7 +341,7 @@ class CityPrior:
             for key in keys:
                 try:
                     # without the guard: reading and writing go on. Committed drives never change meanwhile.
-                    found = self._state.load([key])
+                    found = self._committed([key])
                 except NmpError as error:
                     _log.debug("not fetched ahead: %s", error)
                     break

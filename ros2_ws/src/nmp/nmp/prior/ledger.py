@@ -17,7 +17,7 @@ import numpy as np
 from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
 from nmp.prior.cells import Cells
-from nmp.prior.record import FORMAT, Record, check_spec, checked, tile_table, unchecked
+from nmp.prior.record import FORMAT, Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import Planes, TileSet
@@ -49,6 +49,10 @@ class Head:
     """drives that were rolled back"""
 
 
+class Compacted(Exception):
+    """The drives that were asked for were folded into a new base meanwhile."""
+
+
 class Ledger:
     """One city's records, and their tiles."""
 
@@ -58,6 +62,7 @@ class Ledger:
         self.spec = spec
         self.read_only = read_only
         self._told: set[str] = set()
+        self._base = ""
         self._sets: dict[str, TileSet] = {}
 
     @classmethod
@@ -139,6 +144,7 @@ class Ledger:
     def active(self) -> list[Record]:
         """Return what the state of the city is folded from: the base, if there is one, and the drives after it."""
         head = self.head()
+        self._base = head.base
         base = self.base(head)
         drives = [record for record in self.drives() if record.id not in head.left_out]
         return [base, *drives] if base else drives
@@ -176,6 +182,13 @@ class Ledger:
             )
             return None
 
+    def kept(self, folder: str, name: str) -> Record | None:
+        """Return a record by the copy beside its tiles, None where that is gone or damaged."""
+        try:
+            return Record.from_bytes(self.storage.get(f"{folder}/{name}/{COPY}") or b"", name)
+        except (ValueError, KeyError, TypeError, NmpError):
+            return None
+
     def tell(self, what: str, problem: str) -> None:
         """Report a damaged thing, once."""
         if what not in self._told:
@@ -197,10 +210,15 @@ class Ledger:
         return self._sets[folder]
 
     def load(self, record: Record, expected: dict[Key, int]) -> dict[Key, Cells]:
-        """Return tiles of a record, given with their digests; those that are damaged are reported, and left out."""
+        """Return tiles of a record, given with their digests; those that are damaged are reported, and left out.
+
+        Raises :class:`Compacted` when they are gone because of another base: ask :meth:`active` again.
+        """
         tiles = self.tiles_of(record)
 
         def reject(key: Key, reason: str) -> None:
+            if reason == "vanished" and self.head().base != self._base:
+                raise Compacted
             blob = tiles.blob(key)
             aside = "" if self.read_only or reason == "vanished" else tiles.storage.put_aside(blob)
             self.tell(
@@ -373,22 +391,3 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec]:
 def with_left_out(head: Head, drives: Iterable[str]) -> Head:
     """Return a head that leaves these drives out."""
     return replace(head, left_out=tuple(sorted(set(drives))))
-
-
-def base_record(
-    ledger: Ledger, folded: list[Record], dropped: list[Record], rows: list[tuple[int, int, int, int]]
-) -> Record:
-    """Return the record of a base that holds these records (the base before, if any, is the first of them)."""
-    before = [record for record in folded if record.drives]
-    inside = {drive for record in before for drive in record.drives} | {r.id for r in folded if not r.drives}
-    gone = {drive for record in before for drive in record.dropped} | {record.id for record in dropped}
-    return Record(
-        location=ledger.location,
-        spec=ledger.spec,
-        vehicle="",
-        first_ns=min(record.first_ns for record in folded),
-        last_ns=max(record.last_ns for record in folded),
-        tiles=tile_table(rows),
-        drives=tuple(sorted(inside)),
-        dropped=tuple(sorted(gone)),
-    )
