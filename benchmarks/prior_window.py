@@ -71,14 +71,21 @@ def road(frame: int) -> tuple[float, float]:
     return along, 60 * float(np.sin(along / 150))
 
 
+def seen_from(size: int, heading: float) -> NDArray[np.bool_]:
+    """Return the cells of a window under a region of 60 x 30 m around its centre, as a frame covers them."""
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * CELL
+    along, across = x * np.cos(heading) + y * np.sin(heading), y * np.cos(heading) - x * np.sin(heading)
+    return (np.abs(along) < 30) & (np.abs(across) < 15)
+
+
 def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, object]:
     rng = np.random.default_rng(0)
     # neighbours resemble each other, as in a learned map: white noise would not compress at all
     coarse = rng.normal(0, 30, (channels, size // 4 + 1, size // 4 + 1)).repeat(4, 1).repeat(4, 2)[:, :size, :size]
     latent = np.clip(coarse + rng.normal(0, 2, coarse.shape), -127, 127).astype(np.int8)
     evidence = rng.integers(1, 50, (size, size)).astype(np.uint16)
-    visible = rng.random((size, size)) < 0.6
-    spec = PriorSpec(channels, CELL, "benchmark")
+    visible = seen_from(size, heading=0.4)
+    spec = PriorSpec(channels, CELL, "benchmark", evidence_cap=4096)
     results: dict[str, object] = {}
 
     copies = timed(numpy_copy(size, channels, latent, evidence), repeats)
@@ -107,13 +114,14 @@ def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, o
 
     results["cold_read"] = summary([cold() for _ in range(20)])
 
+    weight = rng.integers(100, 256, (size, size)).astype(np.uint16)
     both, memory = [], []
     with CityPrior.open(folder, "driving", spec, flush_interval_s=2.0) as prior:
         for frame in range(repeats):
             window = Window.around(*road(frame), CELL, size, size)
             start = time.perf_counter()
-            prior.read(window)
-            prior.write(window, latent, evidence, frame * 10**8, visible)
+            _, before = prior.read(window)
+            prior.write(window, latent, before + weight, frame * 10**8, visible)
             both.append(time.perf_counter() - start)
             time.sleep(max(0.0, 0.02 - both[-1]))  # five times as fast as the car
             memory.append(resident_mib())

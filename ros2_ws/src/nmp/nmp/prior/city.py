@@ -202,7 +202,7 @@ class CityPrior:
             self._save_or_raise()
         with self._guard:
             self._check_open()  # again: it may have been closed meanwhile
-            touched = [block for block in blocks(window) if mask[block.in_window].any()]
+            touched = [block.cropped(mask) for block in blocks(window) if mask[block.in_window].any()]
             resident = self._resident(block.key for block in touched)
             if touched and drive.first_ns is None:
                 drive.first_ns = int(stamp_ns)

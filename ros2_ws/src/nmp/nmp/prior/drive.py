@@ -251,7 +251,10 @@ class OpenDrive:
                     tiles=tile_table(rows),
                 )
 
-            record = self.ledger.publish(describe, self.saved, make)
+            known = self.ledger.known()
+            record = self.ledger.publish(describe, self.saved, make, known)
+            if record.id in known:
+                _log.warning("this drive is part of %s already, to the bit: it counts once", self.ledger.storage.name)
         self._forget()
         return record
 

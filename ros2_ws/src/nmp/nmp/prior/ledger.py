@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -62,7 +62,8 @@ class Ledger:
         self.spec = spec
         self.read_only = read_only
         self._told: set[str] = set()
-        self._base = ""
+        self._base: str | None = None
+        """the base when :meth:`active` was asked"""
         self._sets: dict[str, TileSet] = {}
 
     @classmethod
@@ -217,7 +218,7 @@ class Ledger:
         tiles = self.tiles_of(record)
 
         def reject(key: Key, reason: str) -> None:
-            if reason == "vanished" and self.head().base != self._base:
+            if reason == "vanished" and self._base is not None and self.head().base != self._base:
                 raise Compacted
             blob = tiles.blob(key)
             aside = "" if self.read_only or reason == "vanished" else tiles.storage.put_aside(blob)
@@ -237,13 +238,18 @@ class Ledger:
         return found
 
     def publish(
-        self, describe: Callable[[list[tuple[int, int, int, int]]], Record], keys: Iterable[Key], make: MakeTiles
+        self,
+        describe: Callable[[list[tuple[int, int, int, int]]], Record],
+        keys: Iterable[Key],
+        make: MakeTiles,
+        known: Container[str] = (),
     ) -> Record:
         """Write tiles, then the record that makes them part of the city, and return it.
 
         :param describe: makes the record, from (row, col, cells, digest) of its tiles
         :param make: returns the cells of some tiles; called twice for each of them, because the name of the record
             depends on them all
+        :param known: ids of records that are there already: nothing is written for one of these
 
         Raises :class:`NmpError` when something cannot be written; the city is then as it was.
         """
@@ -253,6 +259,8 @@ class Ledger:
             for key, cells in _in_batches(order, make)
         ]
         record = describe(rows)
+        if record.id in known:
+            return record
         tiles = self.tiles_of(record)
         batch: dict[Key, Planes] = {}
         for key, cells in _in_batches([(row, col) for row, col, *_ in rows], make):

@@ -79,7 +79,8 @@ class Storage:
             found = self._kv.read(key).result()
         except (ValueError, OSError) as error:
             raise NmpError(
-                f"cannot read {self.name}/{key} ({reason_of(error)}): check the disk and the permissions"
+                f"cannot read {self.name}/{key} ({reason_of(error)}): check the disk and the permissions of the "
+                "--prior folder"
             ) from error
         return bytes(found.value) if found.state == "value" else None
 
@@ -89,7 +90,8 @@ class Storage:
             self._kv.write(key, content).result()
         except (ValueError, OSError) as error:
             raise NmpError(
-                f"cannot write {self.name}/{key} ({reason_of(error)}): free disk space or mend the permissions"
+                f"cannot write {self.name}/{key} ({reason_of(error)}): free disk space, or mend the permissions of the "
+                "--prior folder"
             ) from error
 
     def keys(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nmp.errors import NmpError
 from nmp.prior.window import Window
@@ -25,6 +26,17 @@ class Block(NamedTuple):
     key: Key
     in_tile: tuple[slice, slice]
     in_window: tuple[slice, slice]
+
+    def cropped(self, mask: NDArray[np.bool_]) -> Block:
+        """Return the smallest part that holds all cells of a mask of the window; there has to be one."""
+        inside = mask[self.in_window]
+        rows, cols = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+
+        def part(where: tuple[slice, slice]) -> tuple[slice, slice]:
+            row, col = where[0].start, where[1].start
+            return slice(row + rows[0], row + rows[-1] + 1), slice(col + cols[0], col + cols[-1] + 1)
+
+        return Block(self.key, part(self.in_tile), part(self.in_window))
 
 
 def blocks(window: Window) -> Iterator[Block]:
