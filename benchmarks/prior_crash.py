@@ -84,7 +84,9 @@ def kills(folder: Path, count: int) -> dict[str, object]:
     shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
     progress = folder / "progress"
     progress.touch()
-    context = multiprocessing.get_context("fork")  # a new interpreter for every kill would take most of the time
+    # a server that forks before TensorStore has threads: a new interpreter for every kill would take most of the time
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "__main__"])
     problems: list[str] = []
     recovered = opened = 0
     first = 0
@@ -95,6 +97,8 @@ def kills(folder: Path, count: int) -> dict[str, object]:
         time.sleep(rng.uniform(0.02, 0.6))
         os.kill(worker.pid or 0, signal.SIGKILL)
         worker.join()
+        if worker.exitcode != -signal.SIGKILL:
+            raise SystemExit(f"the worker ended by itself, with {worker.exitcode}")
         recovered += any((folder / CITY / "open").glob("*/session.json"))
         lines = [line for line in progress.read_text()[begin:].splitlines(keepends=True) if line.endswith("\n")]
         safe: dict[int, int] = {}
