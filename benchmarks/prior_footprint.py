@@ -3,11 +3,11 @@
     python benchmarks/prior_footprint.py --maps ../shared/real/geography \
         --trajectories ../shared/real/val_trajectories.json [--scenes 3] [--data DIR] [--out prior_footprint.json]
 
-Some scenes are rendered along their recorded poses through real maps (nmp-train sim; ``--data`` names a data set that is
-there already) and mapped with the shipped weights: the content of the cells is what that network writes. The other
-settings are stand-ins made of the same cells: fewer channels are the first ones of the network's 32, cells of 0.6 m the
-weighted means of four, fewer bits a coarser rounding. How many cells all the trajectories touch is computed from their
-poses; MB per km of all of them is these cells x the bytes per cell that were measured.
+Some scenes are rendered along their recorded poses through real maps (nmp-train sim; ``--data`` names a data set that
+is there already) and mapped with the shipped weights: the content of the cells is what that network writes. The other
+settings are stand-ins made of the same cells: fewer channels are the first ones of the network's 32, cells of 0.6 m
+the weighted means of four, fewer bits a coarser rounding. How many cells all the trajectories touch is computed from
+their poses; MB per km of all of them is these cells x the bytes per cell that were measured.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from nmp_train.evaluate import Scene, scene_frames
 from nmp_train.recordings import read_samples
 
 REGION = BevGrid(60.0, 30.0, 0.3)
+HALF = TILE // 2
 LEVEL = 19
-"""of zstd, as committed tiles are written"""
+"""of zstd, as the tiles of a base are written"""
 
 
 def length(poses: Sequence[Sequence[float]]) -> float:
@@ -50,14 +51,14 @@ def length(poses: Sequence[Sequence[float]]) -> float:
 
 def cells_touched(scenes: list[dict[str, Any]], cell: float) -> int:
     """Return how many cells lie under the region of any pose; places that scenes share count once."""
-    seen: dict[str, set[int]] = defaultdict(set)
-    y, x = np.mgrid[-15 : 15 : cell / 2, -30 : 30 : cell / 2]
+    seen: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+    y, x = np.mgrid[-15 : 15 : cell * 0.7, -30 : 30 : cell * 0.7]
     for scene in scenes:
         for px, py, yaw in scene["poses_xyyaw"]:
             col = np.floor((px + x * math.cos(yaw) - y * math.sin(yaw)) / cell).astype(np.int64)
             row = np.floor((py + x * math.sin(yaw) + y * math.cos(yaw)) / cell).astype(np.int64)
-            seen[scene["location"]].update(np.unique(row * 2**24 + col).tolist())
-    return sum(map(len, seen.values()))
+            seen[scene["location"]].append((row * 2**24 + col).ravel())
+    return sum(len(np.unique(np.concatenate(parts))) for parts in seen.values())
 
 
 def drive(data: Path, version: str, prior: Path) -> list[str]:
@@ -76,6 +77,11 @@ def drive(data: Path, version: str, prior: Path) -> list[str]:
     return sorted(cities)
 
 
+def four(values: NDArray[Any]) -> NDArray[Any]:
+    """Return [..., rows, cols] as [..., rows / 2, 2, cols / 2, 2]."""
+    return values.reshape(*values.shape[:-2], HALF, 2, HALF, 2)
+
+
 def changed(tiles: dict[Key, Cells], channels: int, bits: int, coarse: bool) -> dict[Key, Cells]:
     """Return the cells as another setting would hold them."""
     out: dict[Key, Cells] = {}
@@ -86,11 +92,7 @@ def changed(tiles: dict[Key, Cells], channels: int, bits: int, coarse: bool) -> 
             new.last_seen_s[...], new.traversals[...] = cells.last_seen_s, cells.traversals
             continue
         new = out.setdefault((row // 2, col // 2), Cells(channels))
-        half = TILE // 2
-        part = slice(row % 2 * half, row % 2 * half + half), slice(col % 2 * half, col % 2 * half + half)
-
-        def four(values: NDArray[Any]) -> NDArray[Any]:
-            return values.reshape(*values.shape[:-2], half, 2, half, 2)
+        part = tuple(slice(i % 2 * HALF, i % 2 * HALF + HALF) for i in (row, col))
 
         weight = four(cells.evidence.astype(np.float64)).sum((-3, -1))
         sums = four(cells.latent[:channels] * cells.evidence.astype(np.float64)).sum((-3, -1))
@@ -172,18 +174,18 @@ def main() -> None:
                     # drives side by side, far from each other
                     tiles[row + 2**14 * number, col + 2**14 * count] = cells
         settings = [(32, b, 0.3) for b in (8, 4, 2)] + [(16, b, c) for c in (0.3, 0.6) for b in (8, 4, 2)]
+        touched = {cell: cells_touched(every, cell) for cell in (0.3, 0.6)}
         results = []
         for number, (channels, bits, cell) in enumerate(settings):
             spec = PriorSpec(channels, cell, "footprint", bits)
             row = measure(changed(tiles, channels, bits, cell == 0.6), spec, km, folder / str(number))
-            all_cells = cells_touched(every, cell)
-            row["mb_per_km_of_all_trajectories"] = round(all_cells * row["bytes_per_cell"] / 1e6 / total_km, 3)
+            row["mb_per_km_of_all_trajectories"] = round(touched[cell] * row["bytes_per_cell"] / 1e6 / total_km, 3)
             results.append(row)
     text = json.dumps(
         {
             "rendered": {"scenes": [scene["scene"] for scene in chosen], "km": round(km, 3)},
             "as_stored_mb_per_km": round(as_stored / 1e6 / km, 3),
-            "all": {"scenes": len(every), "km": round(total_km, 3)},
+            "all": {"scenes": len(every), "km": round(total_km, 3), "cells": touched},
             "settings": results,
         },
         indent=2,

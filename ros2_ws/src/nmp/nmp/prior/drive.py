@@ -169,6 +169,7 @@ class OpenDrive:
         self.ledger = ledger
         self.vehicle = vehicle
         self.first_ns: int | None = None
+        self._taken_over = False
         self.storage: Storage = ledger.storage.below(f"{OPEN}/{name or uuid.uuid4().hex}")
         self._tiles = TileSet(self.storage.below("tiles"), open_planes(ledger.spec), level=1)
         self._lock: Lock | None = None
@@ -253,7 +254,7 @@ class OpenDrive:
 
             known = self.ledger.known()
             record = self.ledger.publish(describe, self.saved, make, known)
-            if record.id in known:
+            if record.id in known and not self._taken_over:
                 _log.warning("this drive is part of %s already, to the bit: it counts once", self.ledger.storage.name)
         self._forget()
         return record
@@ -298,7 +299,7 @@ class OpenDrive:
         lock = Lock(self.storage, LOCK, wait=False)
         if not lock.held:
             return False
-        self._lock = lock
+        self._lock, self._taken_over = lock, True
         raw = self.storage.get(SESSION)
         try:
             values = unchecked(raw or b"")

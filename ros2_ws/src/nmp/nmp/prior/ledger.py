@@ -33,8 +33,8 @@ DRIVES = "drives"
 BASES = "bases"
 COPY = "record.json"
 """beside the tiles of a record: what the record itself is mended with"""
-_LEVEL = 19
-"""of the compression of what is written once and kept"""
+_LEVEL_DRIVE, _LEVEL_BASE = 9, 19
+"""of the compression: a car waits for it when a drive is over (2 ms a tile, 28 ms at 19), nobody for a base"""
 _BATCH = 16
 """tiles that are held in memory at a time while many are written"""
 
@@ -62,6 +62,7 @@ class Ledger:
         self.spec = spec
         self.read_only = read_only
         self._told: set[str] = set()
+        self._damaged: set[str] = set()
         self._base: str | None = None
         """the base when :meth:`active` was asked"""
         self._sets: dict[str, TileSet] = {}
@@ -176,6 +177,8 @@ class Ledger:
         try:
             return Record.from_bytes(content, drive)
         except (ValueError, KeyError, TypeError, NmpError) as error:
+            if folder == COMMITS and self.read_only:
+                self._damaged.add(drive)
             aside = "" if self.read_only else storage.put_aside(name)
             self.tell(
                 f"{storage.name}/{name}",
@@ -207,7 +210,8 @@ class Ledger:
         folder = self.folder_of(record)
         if folder not in self._sets:
             planes = cell_bytes.plane_count(self.spec)
-            self._sets[folder] = TileSet(self.storage.below(folder), planes, _LEVEL)
+            level = _LEVEL_BASE if record.drives else _LEVEL_DRIVE
+            self._sets[folder] = TileSet(self.storage.below(folder), planes, level)
         return self._sets[folder]
 
     def load(self, record: Record, expected: dict[Key, int]) -> dict[Key, Cells]:
@@ -286,10 +290,10 @@ class Ledger:
         self.storage.below(folder).clear()
 
     def damaged_records(self) -> list[str]:
-        """Return the ids of drives whose record was put aside and is not back."""
+        """Return the ids of drives whose record is damaged, or was put aside and is not back."""
         names = self.storage.below(COMMITS).keys()
         aside = {name.partition(".")[0] for name in names if name.endswith(ASIDE)}
-        return sorted(aside - {name.removesuffix(".json") for name in names})
+        return sorted(self._damaged | aside - {name.removesuffix(".json") for name in names})
 
 
 MakeTiles = Callable[[list[Key]], dict[Key, Cells]]
