@@ -218,7 +218,7 @@ def test_results_do_not_depend_on_eviction_or_saving(tmp_path: Path) -> None:
         opened(tmp_path / "large", spec) as large,
         opened(tmp_path / "small", spec, resident_mb=8, flush_interval_s=0.01) as small,
     ):
-        for step in range(25):
+        for step in range(15):
             window = Window(*rng.integers(-300, 300, 2).tolist(), 90, 110)
             evidence = rng.integers(0, 3, window.shape).astype(np.uint16)
             merged = []
@@ -236,7 +236,7 @@ def test_results_do_not_depend_on_eviction_or_saving(tmp_path: Path) -> None:
         small.flush()
         small.read(everything)
         assert small.statistics()["resident_bytes"] <= 2**23
-        assert small.statistics()["tiles"] == large.statistics()["tiles"] > 50
+        assert small.statistics()["tiles"] == large.statistics()["tiles"] > 30
     assert drive_files(tmp_path / "large") == drive_files(tmp_path / "small") != {}
 
 

@@ -196,18 +196,18 @@ def start_writer(place: Path, first: int, last: int) -> subprocess.Popen[str]:
 
 
 def test_two_processes_writing_one_city_lose_nothing(tmp_path: Path) -> None:
-    writers = [start_writer(tmp_path, first, first + 4) for first in (0, 100)]
+    writers = [start_writer(tmp_path, first, first + 3) for first in (0, 100)]
     for writer in writers:
         writer.communicate(timeout=60)
         assert writer.returncode == 0
     drives = ledger(tmp_path).drives()
-    assert len(drives) == 8
+    assert len(drives) == 6
     assert upkeep.verify(ledger(tmp_path)) == [] and not list((tmp_path / CITY / "open").iterdir())
 
 
 def test_killed_drives_are_committed_up_to_their_last_flush(tmp_path: Path) -> None:
     rng = random.Random(1)
-    for number in range(4):
+    for number in range(3):
         code = f"""
             import sys
             sys.path[:0] = {sys.path!r}
@@ -370,6 +370,26 @@ def test_a_corrupt_record_is_reported_and_comes_back(tmp_path: Path, caplog: pyt
     flip_a_bit(next((tmp_path / CITY / "commits").glob("*.json")))
     assert upkeep.verify(ledger(tmp_path), repair=True) == [(f"record of drive {lost[:12]}", True)]
     assert file.read_bytes() == raw and same(content(tmp_path), both) and upkeep.verify(ledger(tmp_path)) == []
+
+
+def test_every_file_of_a_city_is_verified_and_spares_are_mended(tmp_path: Path) -> None:
+    drive(tmp_path, 1, day=0, frames=1)
+    upkeep.compact(ledger(tmp_path))
+    upkeep.leave_out(ledger(tmp_path), [drive(tmp_path, 2, day=1, frames=1)])
+    before = files(tmp_path)
+    for name in before:
+        file = tmp_path / name
+        flip_a_bit(file, 1234)
+        if name.endswith("city.json"):
+            assert upkeep.mend_city(Storage(tmp_path / CITY))
+        elif "/c/" in name:
+            assert [f.repaired for f in upkeep.verify(ledger(tmp_path), repair=True)] == [False]
+            file.write_bytes(before[name])
+        else:
+            assert [f.repaired for f in upkeep.verify(ledger(tmp_path, read_only=True))] == [False], name
+            assert all(f.repaired for f in upkeep.verify(ledger(tmp_path), repair=True)), name
+        assert file.read_bytes() == before[name]
+    assert upkeep.verify(ledger(tmp_path)) == []
 
 
 @pytest.mark.parametrize("name", ["head.json", "head.copy.json"])

@@ -54,7 +54,14 @@ class TileSet:
 
     def describe(self) -> None:
         """Write zarr.json, for other programs that read zarr."""
-        self.storage.put("zarr.json", json.dumps(self._metadata, indent=1, sort_keys=True).encode())
+        self.storage.put("zarr.json", self._description())
+
+    def described(self) -> bool:
+        """Tell whether zarr.json is as :meth:`describe` writes it."""
+        return self.storage.get("zarr.json") == self._description()
+
+    def _description(self) -> bytes:
+        return json.dumps(self._metadata, indent=1, sort_keys=True).encode()
 
     @staticmethod
     def blob(key: Key) -> str:

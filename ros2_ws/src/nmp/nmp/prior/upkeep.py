@@ -349,6 +349,7 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
     findings = _verify_records(ledger, repair, other)
     base = ledger.base()
     for record in ([base] if base else []) + ledger.drives():
+        findings += _verify_spares(ledger, record, repair)
         expected = digests(record)
         for keys in _batches(sorted(expected)):
             wanted = {key: expected[key] for key in keys}
@@ -385,15 +386,30 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
     if base:
         record = ledger.base()
         for name in (COPY, f"2.{COPY}"):
-            if storage.get(f"{BASES}/{base}/{name}") is None and record is not None:
+            if record is not None and storage.get(f"{BASES}/{base}/{name}") != record.to_bytes():
                 if repair:
                     storage.put(f"{BASES}/{base}/{name}", record.to_bytes())
-                findings.append(Finding(f"record {name} of base {base[:12]}", repair))
+                findings.append(Finding(f"{name} of base {base[:12]}", repair))
     for drive in ledger.damaged_records():
         found = ledger.kept(DRIVES, drive) or (other.kept(DRIVES, drive) if other else None)
         if repair and found is not None:
             storage.put(f"{COMMITS}/{drive}.json", found.to_bytes())
         findings.append(Finding(f"record of drive {drive[:12]}", repair and found is not None))
+    return findings
+
+
+def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding]:
+    """Check what lies beside the tiles of a record: nothing is read from it unless something else is damaged."""
+    tiles = ledger.tiles_of(record)
+    findings = []
+    if not record.drives and tiles.storage.get(COPY) != record.to_bytes():
+        if repair:
+            tiles.storage.put(COPY, record.to_bytes())
+        findings.append(Finding(f"{COPY} of drive {record.id[:12]}", repair))
+    if not tiles.described():
+        if repair:
+            tiles.describe()
+        findings.append(Finding(f"zarr.json of {record.id[:12]}", repair))
     return findings
 
 
