@@ -71,14 +71,21 @@ def road(frame: int) -> tuple[float, float]:
     return along, 60 * float(np.sin(along / 150))
 
 
+def seen_from(size: int, heading: float) -> NDArray[np.bool_]:
+    """Return the cells of a window under a region of 60 x 30 m around its centre, as a frame covers them."""
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * CELL
+    along, across = x * np.cos(heading) + y * np.sin(heading), y * np.cos(heading) - x * np.sin(heading)
+    return (np.abs(along) < 30) & (np.abs(across) < 15)
+
+
 def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, object]:
     rng = np.random.default_rng(0)
     # neighbours resemble each other, as in a learned map: white noise would not compress at all
     coarse = rng.normal(0, 30, (channels, size // 4 + 1, size // 4 + 1)).repeat(4, 1).repeat(4, 2)[:, :size, :size]
     latent = np.clip(coarse + rng.normal(0, 2, coarse.shape), -127, 127).astype(np.int8)
     evidence = rng.integers(1, 50, (size, size)).astype(np.uint16)
-    visible = rng.random((size, size)) < 0.6
-    spec = PriorSpec(channels, CELL, "benchmark")
+    visible = seen_from(size, heading=0.4)
+    spec = PriorSpec(channels, CELL, "benchmark", evidence_cap=4096)
     results: dict[str, object] = {}
 
     copies = timed(numpy_copy(size, channels, latent, evidence), repeats)
@@ -107,13 +114,14 @@ def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, o
 
     results["cold_read"] = summary([cold() for _ in range(20)])
 
+    weight = rng.integers(100, 256, (size, size)).astype(np.uint16)
     both, memory = [], []
     with CityPrior.open(folder, "driving", spec, flush_interval_s=2.0) as prior:
         for frame in range(repeats):
             window = Window.around(*road(frame), CELL, size, size)
             start = time.perf_counter()
-            prior.read(window)
-            prior.write(window, latent, evidence, frame * 10**8, visible)
+            _, before = prior.read(window)
+            prior.write(window, latent, before + weight, frame * 10**8, visible)
             both.append(time.perf_counter() - start)
             time.sleep(max(0.0, 0.02 - both[-1]))  # five times as fast as the car
             memory.append(resident_mib())
@@ -129,6 +137,35 @@ def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, o
     return results
 
 
+def long_drive(folder: Path, size: int, channels: int, frames: int) -> dict[str, object]:
+    """Drive through a large city as fast as it goes, with 64 MB resident, and commit it."""
+    rng = np.random.default_rng(0)
+    latent = rng.normal(0, 30, (channels, size // 8 + 1, size // 8 + 1)).repeat(8, 1).repeat(8, 2)[:, :size, :size]
+    latent = np.clip(latent, -127, 127).astype(np.int8)
+    visible, memory, both = seen_from(size, heading=0.4), [], []
+    weight = np.full((size, size), 200, np.uint16)
+    prior = CityPrior.open(folder, "long", PriorSpec(channels, CELL, "benchmark", evidence_cap=4096), resident_mb=64)
+    for frame in range(frames):
+        window = Window.around(*road(frame), CELL, size, size)
+        start = time.perf_counter()
+        _, before = prior.read(window)
+        prior.write(window, latent, before + weight, frame * 10**8, visible)
+        both.append(time.perf_counter() - start)
+        memory.append(resident_mib())
+    start = time.perf_counter()
+    tiles = prior.statistics()["tiles"]
+    prior.close()
+    settled = memory[frames // 5 :]
+    return {
+        "frames": frames,
+        "tiles": tiles,
+        "read_write": summary(both),
+        "resident_mib": {"after_a_fifth": settled[0], "least": min(settled), "most": max(settled), "last": settled[-1]},
+        "commit_s": round(time.perf_counter() - start, 1),
+        "commit_ms_per_tile": round((time.perf_counter() - start) * 1e3 / tiles, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -136,9 +173,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the window")
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--long", type=int, default=0, metavar="FRAMES", help="also a long drive: is memory bounded?")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = measure(Path(folder), options.size, options.channels, options.repeats)
+        if options.long:
+            results["long_drive"] = long_drive(Path(folder), options.size, options.channels, options.long)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     setting = {"size": options.size, "channels": options.channels, "repeats": options.repeats, "cell_m": CELL}
     text = json.dumps({"machine": machine, "setting": setting, **results}, indent=2)

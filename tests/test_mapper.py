@@ -15,7 +15,10 @@ from nmp.frame import Frame
 from nmp.mapper import OnlineMapper
 from nmp.model import BEVNetwork, NetworkConfig, save_network
 from nmp.model.weights import DEFAULT_WEIGHTS
-from nmp.prior import CityPrior
+from nmp.prior import CityPrior, Window
+from nmp.prior.ledger import Ledger
+from nmp.prior.storage import Storage
+from nmp.prior.upkeep import digests
 
 CONFIG = NetworkConfig(
     backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4
@@ -25,7 +28,8 @@ CONFIG = NetworkConfig(
 def _write_weights(path: Path, seed: int, config: NetworkConfig = CONFIG) -> Path:
     torch.manual_seed(seed)
     network = BEVNetwork(config)
-    torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.1)  # an open door for the prior
+    if config.fusion == "evidence":
+        torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.1)  # an open door for the prior
     save_network(network, path, {})
     return path
 
@@ -82,7 +86,41 @@ def test_a_restart_continues_from_the_stored_prior(weights: Path, frames: list[F
     broken = _run(weights, tmp_path / "b", frames[:2]) + _run(weights, tmp_path / "b", frames[2:])
     for first, second in zip(unbroken, broken, strict=True):
         np.testing.assert_array_equal(first, second)
-    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
+    # the same cells, written by one drive and by two
+    counts = [len(list((tmp_path / name).glob("*/commits/*.json"))) for name in ("a", "b")]
+    assert counts == [1, 2]
+
+
+def test_what_a_frame_adds_is_known_beyond_the_cap_of_the_evidence(frames: list[Frame], tmp_path: Path) -> None:
+    capped = _write_weights(tmp_path / "capped.safetensors", 0, dataclasses.replace(CONFIG, evidence_cap=1.0))
+    for again in (frames[0], frames[1]):
+        with OnlineMapper(capped, tmp_path / "prior") as mapper:
+            for frame in [again] * 6:
+                mapper.update(frame)
+            window = Window.around(*frames[0].map_from_base[:2, 3], CONFIG.prior_cell, 60, 60)
+            assert mapper.city(frames[0].location).read(window)[1].max() == 256
+    ledger = Ledger.open(Storage(tmp_path / "prior" / frames[0].location), read_only=True)
+    assert len(ledger.drives()) == 2
+    for drive in ledger.drives():
+        added = ledger.load(drive, digests(drive))
+        assert max(int(cells.evidence.max()) for cells in added.values()) > 2 * 256
+
+
+def test_the_same_recording_counts_once(
+    weights: Path, frames: list[Frame], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _run(weights, tmp_path, frames[:1])
+    before = _bytes(tmp_path)
+    with caplog.at_level("WARNING"):
+        _run(weights, tmp_path, frames[:1])
+    assert _bytes(tmp_path) == before and "counts once" in caplog.text
+
+
+def test_the_papers_state_is_that_of_the_newest_drive(frames: list[Frame], tmp_path: Path) -> None:
+    paper = _write_weights(tmp_path / "paper.safetensors", 0, dataclasses.replace(CONFIG, fusion="paper"))
+    with OnlineMapper(paper, tmp_path / "prior") as mapper:
+        mapper.update(frames[0])
+        assert mapper.city(frames[0].location).spec.merge == "latest"
 
 
 def test_evidence_grows_with_every_visit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:

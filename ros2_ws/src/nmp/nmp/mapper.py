@@ -5,6 +5,7 @@ The same class runs under the ROS node, in bag replay and in the trainer's evalu
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from nmp.errors import NmpError
 from nmp.frame import Frame, LocalMap
 from nmp.geometry import BevGrid, yaw_of
+from nmp.model.fusion import EVIDENCE_SCALE
+from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
 from nmp.model.weights import load_network
@@ -37,6 +40,7 @@ class OnlineMapper:
     :param prior_dir: folder of the city prior, None for :func:`default_prior_dir`; made when missing
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
+    :param vehicle: who drives: kept with what this drive adds to the prior
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
@@ -52,6 +56,7 @@ class OnlineMapper:
         *,
         use_prior: bool = True,
         flush_interval_s: float = 2.0,
+        vehicle: str = "",
         device: str = "cpu",
         precision: str = "auto",
         compiled: bool = False,
@@ -62,7 +67,11 @@ class OnlineMapper:
         self.prior_dir = Path(prior_dir) if prior_dir is not None else default_prior_dir()
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
-        self._spec = PriorSpec(self.network.state_channels, self.config.prior_cell, self.fingerprint)
+        self._vehicle = vehicle
+        self._spec = _spec_of(self.network, self.fingerprint)
+        # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
+        if self.config.fusion == "evidence":
+            self.network.fusion.config = dataclasses.replace(self.config, evidence_cap=65535 / EVIDENCE_SCALE)
         self.prior_error = ""
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
         self._cities: dict[str, CityPrior] = {}
@@ -85,7 +94,11 @@ class OnlineMapper:
         """Return the open prior of a city."""
         if location not in self._cities:
             self._cities[location] = CityPrior.open(
-                self.prior_dir, location, self._spec, flush_interval_s=self._flush_interval_s
+                self.prior_dir,
+                location,
+                self._spec,
+                flush_interval_s=self._flush_interval_s,
+                vehicle=self._vehicle,
             )
         return self._cities[location]
 
@@ -104,6 +117,7 @@ class OnlineMapper:
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
         city = self.city(frame.location)
+        city.prefetch(x, y, yaw_of(frame.map_from_base))
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
         answer = _checked(self._runner.run(*images, pose, *city.read(window)))
@@ -143,7 +157,7 @@ class OnlineMapper:
         self.prior_dir = Path(prior_dir)
 
     def close(self) -> None:
-        """Flush and release the prior. Safe to call twice."""
+        """Commit what this drive added to the prior, and release it. Safe to call twice."""
         while self._cities:
             _, city = self._cities.popitem()
             city.close()
@@ -155,6 +169,15 @@ class OnlineMapper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:
+    """What a network keeps in the cells of a city, and how drives add up there."""
+    config = network.config
+    cap = round(config.evidence_cap * EVIDENCE_SCALE)
+    # The state of the paper's recurrent unit is no sum of anything: the newest drive's is taken.
+    merge = "sum" if config.fusion == "evidence" else "latest"
+    return PriorSpec(network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap)
 
 
 def _checked(answer: Answer) -> Answer:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import islice
+from collections.abc import Iterator
 
-from nmp.prior.tiles import Key, Tile
+from nmp.prior.drive import Tile
+from nmp.prior.tiles import Key
 
 
 class TileCache:
@@ -15,18 +16,21 @@ class TileCache:
     whoever adds changes has to keep ``dirty_bytes`` in check. Not safe to share between threads without a lock.
     """
 
-    def __init__(self, tile_bytes: int, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._tiles: OrderedDict[Key, Tile] = OrderedDict()
+        self._sizes: dict[Key, int] = {}
         self._dirty: dict[Key, None] = {}  # a dict, because it keeps the order of the first change
-        self._tile_bytes = tile_bytes
         self._limit_bytes = limit_bytes
+        self.resident_bytes = 0
 
     def __len__(self) -> int:
         return len(self._tiles)
 
-    @property
-    def keys(self) -> set[Key]:
-        return set(self._tiles)
+    def __contains__(self, key: Key) -> bool:
+        return key in self._tiles
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._tiles)
 
     @property
     def dirty(self) -> list[Key]:
@@ -34,12 +38,8 @@ class TileCache:
         return list(self._dirty)
 
     @property
-    def resident_bytes(self) -> int:
-        return len(self._tiles) * self._tile_bytes
-
-    @property
     def dirty_bytes(self) -> int:
-        return len(self._dirty) * self._tile_bytes
+        return sum(self._sizes[key] for key in self._dirty)
 
     def __getitem__(self, key: Key) -> Tile:
         """Return a tile that is in memory, without counting it as used."""
@@ -54,20 +54,28 @@ class TileCache:
 
     def put(self, key: Key, tile: Tile) -> None:
         self._tiles[key] = tile
+        self._measure(key)
 
     def mark_dirty(self, key: Key) -> None:
         self._dirty.setdefault(key)
+        self._measure(key)  # its first change makes a tile larger
 
     def mark_saved(self, key: Key, edits: int) -> None:
         """Note that the tile is on disk as it was after ``edits`` changes; later ones keep it dirty."""
         if self._tiles[key].edits == edits:
-            del self._dirty[key]
+            self._dirty.pop(key, None)
 
     def shrink(self) -> None:
         """Drop saved tiles until the limit holds."""
-        surplus = -(-(self.resident_bytes - self._limit_bytes) // self._tile_bytes)
-        if surplus <= 0:
+        if self.resident_bytes <= self._limit_bytes:
             return
-        saved = (key for key in self._tiles if key not in self._dirty)
-        for key in list(islice(saved, surplus)):
+        for key in [key for key in self._tiles if key not in self._dirty]:
+            self.resident_bytes -= self._sizes.pop(key)
             del self._tiles[key]
+            if self.resident_bytes <= self._limit_bytes:
+                return
+
+    def _measure(self, key: Key) -> None:
+        size = self._tiles[key].nbytes
+        self.resident_bytes += size - self._sizes.get(key, 0)
+        self._sizes[key] = size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,17 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmp.errors import NmpError
-from nmp.prior import manifest
 from nmp.prior.cache import TileCache
-from nmp.prior.lock import WriterLock
-from nmp.prior.store import TileStore
-from nmp.prior.tiles import Block, Key, Tile, blocks, bounds
+from nmp.prior.cells import Cells
+from nmp.prior.drive import OpenDrive, Tile
+from nmp.prior.ledger import Compacted, Ledger, State
+from nmp.prior.record import Record
+from nmp.prior.storage import Storage
+from nmp.prior.tiles import Block, Key, blocks, bounds
 from nmp.prior.window import PriorSpec, Window
 
 _log = logging.getLogger(__name__)
 
 # tiles that are copied for saving at a time
 _BATCH = 8
+_AHEAD_M = 80.0
+"""how far along the heading tiles are fetched, m"""
 
 
 class CityPrior:
@@ -35,20 +40,21 @@ class CityPrior:
 
     def __init__(
         self,
-        folder: Path,
+        name: str,
         spec: PriorSpec,
-        store: TileStore | None,
-        lock: WriterLock | None,
+        ledger: Ledger | None,
+        drive: OpenDrive | None,
         *,
         resident_mb: int,
         flush_interval_s: float,
     ) -> None:
         limit = resident_mb * 1024 * 1024
         self.spec = spec
-        self._folder = folder
-        self._store = store
-        self._lock_file = lock
-        self._cache = TileCache(Tile.nbytes(spec.channels), limit)
+        self._name = name
+        self._ledger = ledger
+        self._state = State(ledger, ledger.active()) if ledger is not None else None
+        self._drive = drive
+        self._cache = TileCache(limit)
         # the other half is for tiles that can be dropped at once
         self._dirty_limit = limit // 2
         self._guard = threading.RLock()  # cache and list of tiles
@@ -56,33 +62,40 @@ class CityPrior:
         self._error: NmpError | None = None
         self._closed = False
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        if lock is not None:
-            self._thread = threading.Thread(
-                target=self._save_regularly, args=(flush_interval_s,), name="prior-flush", daemon=True
-            )
-            self._thread.start()
+        self._wanted: Window | None = None
+        self._fetch = threading.Event()
+        self._threads: list[threading.Thread] = []
+        if drive is not None:
+            self._run(self._save_regularly, flush_interval_s)
             atexit.register(self._close_at_exit)
+
+    def _run(self, loop: Any, *arguments: object) -> None:
+        thread = threading.Thread(target=loop, args=arguments, name="prior", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: Path | str,
         location: str,
         spec: PriorSpec,
         *,
         resident_mb: int = 256,
         flush_interval_s: float = 2.0,
         read_only: bool = False,
+        vehicle: str = "",
     ) -> CityPrior:
-        """Open the prior of city ``location`` below ``folder``; a missing one is created.
+        """Open the prior of city ``location`` below ``folder``, a folder or URL; a missing one is created.
 
-        ``resident_mb`` bounds the tiles in memory (MiB), ``flush_interval_s`` what a crash can lose (s). A
-        read-only prior needs no lock and creates nothing; where there is none it is empty. It sees the tiles
-        that existed when it was opened, each as it was on its first use.
+        ``resident_mb`` bounds the tiles in memory (MiB), ``flush_interval_s`` what a crash can lose (s),
+        ``vehicle`` is kept with the drive. What is written becomes one drive of the city when the prior is closed.
+        Any number of processes may write a city: each sees the drives that were committed when it opened the prior,
+        and its own. Drives that crashed are committed first. A read-only prior creates nothing; where there is none
+        it is empty.
 
-        Raises :class:`NmpError` when the stored prior is of another model, cell size, city or newer format,
-        when it is damaged, when another process writes it, or when the folder cannot be used.
+        Raises :class:`NmpError` when the stored prior is of another model, cell size, merge rule, city or newer
+        format, when it is damaged, or when the folder cannot be used.
         """
         if not location or location.startswith(".") or "/" in location or "\0" in location:
             raise NmpError(f"location {location!r} cannot name a folder: use a plain name such as boston-seaport")
@@ -90,12 +103,22 @@ class CityPrior:
             raise NmpError(
                 f"prior with {resident_mb} MB resident, saved every {flush_interval_s} s: both must be above 0"
             )
-        city = Path(folder) / location
+        storage = Storage(str(folder)).below(location)
         try:
-            store, lock = _open_reader(city, location, spec) if read_only else _open_writer(city, location, spec)
+            ledger = Ledger.open_for(storage, location, spec, read_only=read_only)
+            drive = None
+            if not read_only:
+                assert ledger is not None
+                try:
+                    OpenDrive.recover_all(ledger)
+                except NmpError as error:  # a full disk: what that drive saved stays, for the next time
+                    _log.warning("a drive that ended without being committed stays so for now: %s", error)
+                drive = OpenDrive(ledger, vehicle)
+            return cls(storage.name, spec, ledger, drive, resident_mb=resident_mb, flush_interval_s=flush_interval_s)
         except OSError as error:
-            raise NmpError(f"cannot open the prior in {city} ({error.strerror}): check the --prior folder") from error
-        return cls(city, spec, store, lock, resident_mb=resident_mb, flush_interval_s=flush_interval_s)
+            raise NmpError(
+                f"cannot open the prior in {storage.name} ({error.strerror}): check the --prior folder"
+            ) from error
 
     def read(self, window: Window) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
         """Return copies of the latent [channels, rows, cols] and the evidence [rows, cols]; unknown cells are 0.
@@ -108,8 +131,8 @@ class CityPrior:
             for block, tile in self._tiles_of(window):
                 rows, cols = block.in_window
                 tile_rows, tile_cols = block.in_tile
-                latent[:, rows, cols] = tile.latent[:, tile_rows, tile_cols]
-                evidence[rows, cols] = tile.evidence[tile_rows, tile_cols]
+                latent[:, rows, cols] = tile.cells.latent[:, tile_rows, tile_cols]
+                evidence[rows, cols] = tile.cells.evidence[tile_rows, tile_cols]
         return latent, evidence
 
     def last_seen(self, window: Window) -> NDArray[np.int64]:
@@ -117,8 +140,35 @@ class CityPrior:
         seconds = np.zeros(window.shape, np.int64)
         with self._guard:
             for block, tile in self._tiles_of(window):
-                seconds[block.in_window] = tile.last_seen_s[block.in_tile]
+                seconds[block.in_window] = tile.cells.last_seen_s[block.in_tile]
         return seconds * 1_000_000_000
+
+    def traversals(self, window: Window) -> NDArray[np.uint16]:
+        """Return how many drives saw each cell [rows, cols], the own one included."""
+        counts = np.zeros(window.shape, np.uint16)
+        with self._guard:
+            for block, tile in self._tiles_of(window):
+                counts[block.in_window] = tile.cells.traversals[block.in_tile]
+        return counts
+
+    def prefetch(self, x: float, y: float, heading: float) -> None:
+        """Bring the tiles that lie up to 80 m ahead of (x, y) (m, map frame) into memory, in the background.
+
+        ``heading`` is the yaw in the map frame (rad). What cannot be read is left to :meth:`read`, which reports it.
+        """
+        if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(heading)):
+            raise NmpError(f"pose ({x}, {y}, {heading}) is not finite: check the localisation")
+        self._check_open()
+        cells = round(_AHEAD_M / self.spec.cell)
+        ahead_x, ahead_y = (x + _AHEAD_M * math.cos(heading), y + _AHEAD_M * math.sin(heading))
+        self._wanted = Window.around(ahead_x, ahead_y, self.spec.cell, cells, cells)
+        with self._guard:
+            if self._closed:
+                return
+            if not any(thread.name == "prior-ahead" for thread in self._threads):
+                self._run(self._fetch_ahead)
+                self._threads[-1].name = "prior-ahead"
+        self._fetch.set()
 
     def write(
         self,
@@ -133,11 +183,16 @@ class CityPrior:
         ``latent`` is int8 [channels, rows, cols], ``evidence`` uint16 [rows, cols]; ``stamp_ns`` becomes the
         time these cells were last seen, cut to whole seconds (the first second counts as 1 s, as 0 is "never").
 
+        With the merge rule "sum", ``evidence`` is that of the cell as it was read plus the weight of this frame,
+        before any cap (the prior caps it), and ``latent`` the mean of both: what the drive adds to the city is
+        derived from the difference. A cell whose evidence does not grow keeps the new values until the drive is
+        over, but adds nothing to the city.
+
         Raises :class:`NmpError` when an argument does not fit, or the prior is read-only. Also raised, once,
         when saving failed since the last call: these cells are then stored in memory all the same, and saving is
         tried again. Only when too much is unsaved for the memory limit is the call refused and nothing stored.
         """
-        self._check_writable()
+        drive = self._check_writable()
         self._check_arrays(window, latent, evidence, changed)
         seconds = max(1, int(stamp_ns) // 1_000_000_000)
         if not (stamp_ns >= 0 and seconds < 2**32):
@@ -147,12 +202,14 @@ class CityPrior:
             self._save_or_raise()
         with self._guard:
             self._check_open()  # again: it may have been closed meanwhile
-            touched = [block for block in blocks(window) if mask[block.in_window].any()]
+            touched = [block.cropped(mask) for block in blocks(window) if mask[block.in_window].any()]
             resident = self._resident(block.key for block in touched)
+            if touched and drive.first_ns is None:
+                drive.first_ns = int(stamp_ns)
             for block in touched:
                 tile = resident.get(block.key)
                 if tile is None:
-                    tile = Tile(self.spec.channels)
+                    tile = Tile(Cells(self.spec.channels), self.spec)
                     self._cache.put(block.key, tile)
                 rows, cols = block.in_window
                 part = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
@@ -170,7 +227,7 @@ class CityPrior:
             return bounds(self._keys())
 
     def statistics(self) -> dict[str, int]:
-        """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (on disk, resident)."""
+        """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
         self._check_open()
         with self._guard:
             return {
@@ -178,7 +235,7 @@ class CityPrior:
                 "resident_tiles": len(self._cache),
                 "dirty_tiles": len(self._cache.dirty),
                 "resident_bytes": self._cache.resident_bytes,
-                "bytes_on_disk": sum(self._store.sizes.values()) if self._store else 0,
+                "bytes_on_disk": self._ledger.storage.size() if self._ledger else 0,
             }
 
     def flush(self) -> None:
@@ -189,25 +246,31 @@ class CityPrior:
         self._check_open()
         self._save_or_raise()
 
-    def close(self) -> None:
-        """Flush, stop the background thread and let others write; a second call does nothing.
+    def close(self) -> Record | None:
+        """Flush, commit the drive and stop the background threads; a second call does nothing.
 
-        Raises :class:`NmpError` when tiles could not be saved: those changes are lost. To keep them while the
-        cause is being mended, call :meth:`flush` until it succeeds, then close.
+        Returns the record of the drive, None when it wrote nothing. Raises :class:`NmpError` when that could not be
+        saved: what was flushed stays, and is committed when the prior is opened again; later changes are lost. To
+        keep them while the cause is being mended, call :meth:`flush` until it succeeds, then close.
         """
         with self._guard:
             if self._closed:
-                return
+                return None
             self._closed = True
-        if self._thread is None or self._lock_file is None:
-            return
-        atexit.unregister(self._close_at_exit)
         self._stop.set()
-        self._thread.join()
-        error = self._save_dirty()
-        self._lock_file.release()
-        if error is not None:
-            raise error
+        self._fetch.set()
+        for thread in self._threads:
+            thread.join()
+        if self._drive is None:
+            return None
+        atexit.unregister(self._close_at_exit)
+        try:
+            error = self._save_dirty()
+            if error is not None:
+                raise error
+            return self._drive.commit()
+        finally:
+            self._drive.release()
 
     def __enter__(self) -> CityPrior:
         return self
@@ -220,7 +283,10 @@ class CityPrior:
     # -- tiles ----------------------------------------------------------------------------------------------
 
     def _keys(self) -> set[Key]:
-        return self._cache.keys | (self._store.sizes.keys() if self._store else set())
+        keys = set(self._cache)
+        if self._state is not None:
+            keys |= self._state.keys()
+        return keys | self._drive.saved if self._drive is not None else keys
 
     def _tiles_of(self, window: Window) -> list[tuple[Block, Tile]]:
         """Return the known tiles of a window with the part of it that each covers; the guard is held."""
@@ -240,11 +306,50 @@ class CityPrior:
                 absent.append(key)
             else:
                 tiles[key] = tile
-        if absent and self._store is not None:
-            for key, planes in self._store.load(absent).items():
-                tiles[key] = Tile.unpack(planes)
-                self._cache.put(key, tiles[key])
+        if absent:
+            for key, tile in self._load(absent).items():
+                tiles[key] = tile
+                self._cache.put(key, tile)
         return tiles
+
+    def _load(self, keys: list[Key]) -> dict[Key, Tile]:
+        """Return those of the tiles that are stored: as the own drive left them, or as the drives before did."""
+        own = self._drive.load(keys) if self._drive is not None else {}
+        others = [key for key in keys if key not in own]
+        committed = self._committed(others)
+        return own | {key: Tile(cells, self.spec) for key, cells in committed.items()}
+
+    def _committed(self, keys: list[Key]) -> dict[Key, Cells]:
+        if self._state is None or self._ledger is None:
+            return {}
+        try:
+            return self._state.load(keys)
+        except Compacted:
+            self._state = State(self._ledger, self._ledger.active())
+            return self._state.load(keys)
+
+    def _fetch_ahead(self) -> None:
+        """Load what :meth:`prefetch` asked for, until told to stop."""
+        while self._fetch.wait() and not self._stop.is_set():
+            self._fetch.clear()
+            window = self._wanted
+            if window is None:
+                continue
+            with self._guard:
+                saved = self._drive.saved if self._drive is not None else set()
+                keys = [b.key for b in blocks(window) if b.key not in self._cache and b.key not in saved]
+            for key in keys:
+                try:
+                    # without the guard: reading and writing go on. Committed drives never change meanwhile.
+                    found = self._committed([key])
+                except NmpError as error:
+                    _log.debug("not fetched ahead: %s", error)
+                    break
+                with self._guard:
+                    for place, cells in found.items():
+                        if place not in self._cache and (self._drive is None or place not in self._drive.saved):
+                            self._cache.put(place, Tile(cells, self.spec))
+                    self._cache.shrink()
 
     # -- saving ---------------------------------------------------------------------------------------------
 
@@ -255,13 +360,13 @@ class CityPrior:
             try:
                 error = self._save_dirty()
             except Exception as unexpected:  # the thread must outlive it: what it holds is in memory only
-                error = NmpError(f"cannot save the prior in {self._folder} ({unexpected}): see the log")
+                error = NmpError(f"cannot save the prior in {self._name} ({unexpected}): see the log")
                 _log.exception("saving the prior failed")
             self._error = error
             if error is not None and str(error) != reported:
                 _log.error("%s", error)
             elif error is None and reported:
-                _log.info("the prior in %s is saved again", self._folder)
+                _log.info("the prior in %s is saved again", self._name)
             reported = str(error) if error else ""
 
     def _save_or_raise(self) -> None:
@@ -272,10 +377,17 @@ class CityPrior:
 
     def _save_dirty(self) -> NmpError | None:
         """Save every tile that is dirty now; return what went wrong."""
-        if self._store is None:
+        if self._drive is None:
             return None
         failures: dict[Key, str] = {}
         with self._saving:
+            try:
+                if self._drive.lost():
+                    _log.error("what was saved of this drive in %s is gone: saving again what is in memory", self._name)
+                    self._mark_own_dirty()
+                self._drive.renew()
+            except NmpError as error:
+                return error
             with self._guard:
                 keys = self._cache.dirty
             for start in range(0, len(keys), _BATCH):
@@ -285,19 +397,24 @@ class CityPrior:
                     with self._guard:  # for one copy at a time, so that reads hardly wait
                         tile = self._cache[key]
                         edits[key], copies[key] = tile.edits, tile.pack()
-                sizes, failed = self._store.save(copies)
+                failed = self._drive.save(copies)
                 failures.update(failed)
                 with self._guard:
-                    for key, size in sizes.items():
-                        self._store.sizes[key] = size
+                    for key in copies.keys() - failed.keys():
                         self._cache.mark_saved(key, edits[key])
                     self._cache.shrink()
         if not failures:
             return None
         return NmpError(
-            f"cannot save {len(failures)} tiles of the prior in {self._folder} ({next(iter(failures.values()))}): "
+            f"cannot save {len(failures)} tiles of the prior in {self._name} ({next(iter(failures.values()))}): "
             "free disk space or mend the permissions, unsaved cells are kept in memory until then"
         )
+
+    def _mark_own_dirty(self) -> None:
+        with self._guard:
+            for key in self._cache:
+                if self._cache[key].touched is not None:
+                    self._cache.mark_dirty(key)
 
     def _close_at_exit(self) -> None:
         try:
@@ -309,12 +426,13 @@ class CityPrior:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise NmpError(f"prior in {self._folder} is closed: open it again")
+            raise NmpError(f"prior in {self._name} is closed: open it again")
 
-    def _check_writable(self) -> None:
+    def _check_writable(self) -> OpenDrive:
         self._check_open()
-        if self._lock_file is None:
-            raise NmpError(f"prior in {self._folder} was opened read-only: open it for writing")
+        if self._drive is None:
+            raise NmpError(f"prior in {self._name} was opened read-only: open it for writing")
+        return self._drive
 
     def _check_arrays(
         self,
@@ -335,24 +453,3 @@ class CityPrior:
                     f"{name} for the prior is {array.dtype} {list(array.shape)}: "
                     f"pass {np.dtype(dtype).name} {list(shape)}"
                 )
-
-
-def _open_reader(city: Path, location: str, spec: PriorSpec) -> tuple[TileStore | None, None]:
-    if not (city / manifest.NAME).exists() and not TileStore.has_tiles(city):
-        return None, None
-    manifest.check(city, location, spec)
-    return TileStore(city, spec, read_only=True), None
-
-
-def _open_writer(city: Path, location: str, spec: PriorSpec) -> tuple[TileStore, WriterLock]:
-    city.mkdir(parents=True, exist_ok=True)
-    lock = WriterLock(city)
-    try:
-        # tiles without a manifest have lost it: a new one could misread them
-        if not (city / manifest.NAME).exists() and not TileStore.has_tiles(city):
-            manifest.create(city, location, spec)
-        manifest.check(city, location, spec)
-        return TileStore(city, spec, read_only=False), lock
-    except BaseException:
-        lock.release()
-        raise

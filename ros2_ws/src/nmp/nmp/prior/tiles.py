@@ -1,4 +1,4 @@
-"""Tiles: the squares of cells that are kept in memory and saved as a whole."""
+"""Tiles: the squares of cells that are loaded and saved as a whole."""
 
 from __future__ import annotations
 
@@ -15,77 +15,9 @@ TILE = 64
 """cells along each edge of a tile"""
 ORIGIN = 2**20
 """tiles between the start of the stored array and map coordinate 0, along both axes"""
-FIELD_PLANES = 6
-"""byte planes after the latent: evidence (2), last seen (4)"""
 
 Key = tuple[int, int]
 """(row, column) of a tile: floor(cell row / TILE), floor(cell column / TILE)"""
-
-
-class Tile:
-    """The cells of one tile, in memory."""
-
-    def __init__(self, channels: int) -> None:
-        self.latent: NDArray[np.int8] = np.zeros((channels, TILE, TILE), np.int8)
-        self.evidence: NDArray[np.uint16] = np.zeros((TILE, TILE), np.uint16)
-        self.last_seen_s: NDArray[np.uint32] = np.zeros((TILE, TILE), np.uint32)
-        self.edits = 0
-        """counts the changes, to tell whether a tile changed while it was being saved"""
-
-    @staticmethod
-    def nbytes(channels: int) -> int:
-        """Return the memory of one tile, bytes."""
-        return (channels + FIELD_PLANES) * TILE * TILE
-
-    def pack(self) -> NDArray[np.uint8]:
-        """Return a copy as it is stored: [channels + 6, 64, 64] bytes."""
-        channels = len(self.latent)
-        planes = np.empty((channels + FIELD_PLANES, TILE, TILE), np.uint8)
-        planes[:channels] = self.latent.view(np.uint8)
-        planes[channels : channels + 2] = _to_planes(self.evidence.astype("<u2", copy=False))
-        planes[channels + 2 :] = _to_planes(self.last_seen_s.astype("<u4", copy=False))
-        return planes
-
-    @classmethod
-    def unpack(cls, planes: NDArray[np.uint8]) -> Tile:
-        """Return the tile of stored planes [channels + 6, 64, 64]."""
-        channels = len(planes) - FIELD_PLANES
-        tile = cls(channels)
-        tile.latent[...] = planes[:channels].view(np.int8)
-        tile.evidence[...] = _from_planes(planes[channels : channels + 2], "<u2")
-        tile.last_seen_s[...] = _from_planes(planes[channels + 2 :], "<u4")
-        return tile
-
-    def store(
-        self,
-        where: tuple[slice, slice],
-        latent: NDArray[np.int8],
-        evidence: NDArray[np.uint16],
-        seconds: int,
-        changed: NDArray[np.bool_],
-    ) -> None:
-        """Overwrite the cells of a block where ``changed`` [rows, cols] is set."""
-        old = self.latent[:, where[0], where[1]]
-        if changed.all():
-            old[...] = latent
-        else:
-            # old ^ (old ^ new) & mask: five times faster than a masked copy
-            difference = old ^ latent
-            difference &= -changed.view(np.int8)
-            old ^= difference
-        np.copyto(self.evidence[where], evidence, where=changed)
-        np.copyto(self.last_seen_s[where], np.uint32(seconds), where=changed)
-        self.edits += 1
-
-
-def _to_planes(values: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
-    """Return the bytes of [rows, cols] values as [bytes, rows, cols]."""
-    return np.moveaxis(values[..., None].view(np.uint8), -1, 0)
-
-
-def _from_planes(planes: NDArray[np.uint8], dtype: str) -> NDArray[np.unsignedinteger]:
-    """Return the [rows, cols] values of [bytes, rows, cols] planes."""
-    return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(dtype)[..., 0]
 
 
 class Block(NamedTuple):
@@ -94,6 +26,17 @@ class Block(NamedTuple):
     key: Key
     in_tile: tuple[slice, slice]
     in_window: tuple[slice, slice]
+
+    def cropped(self, mask: NDArray[np.bool_]) -> Block:
+        """Return the smallest part that holds all cells of a mask of the window; there has to be one."""
+        inside = mask[self.in_window]
+        rows, cols = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+
+        def part(where: tuple[slice, slice]) -> tuple[slice, slice]:
+            row, col = where[0].start, where[1].start
+            return slice(row + rows[0], row + rows[-1] + 1), slice(col + cols[0], col + cols[-1] + 1)
+
+        return Block(self.key, part(self.in_tile), part(self.in_window))
 
 
 def blocks(window: Window) -> Iterator[Block]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from nmp.errors import NmpError
 
+MERGES = ("sum", "latest")
+
 
 @dataclass(frozen=True)
 class PriorSpec:
@@ -21,6 +23,12 @@ class PriorSpec:
     """edge of a cell, m"""
     fingerprint: str
     """of the model whose latents these are: no other model can read them"""
+    bits: int = 8
+    """of each latent channel once a drive is committed: 2 to 8"""
+    merge: str = "sum"
+    """how drives add up: sum (mean weighted by evidence) or latest (a cell is what the newest drive left there)"""
+    evidence_cap: int = 65535
+    """most evidence that a cell holds: bounds how long a changed street is remembered wrong"""
 
     def __post_init__(self) -> None:
         if self.channels < 1:
@@ -29,6 +37,12 @@ class PriorSpec:
             raise NmpError(f"prior has cells of {self.cell} m: give a size above 0")
         if not self.fingerprint:
             raise NmpError("prior has no model fingerprint: give that of the weights which write it")
+        if not 2 <= self.bits <= 8:
+            raise NmpError(f"prior with {self.bits} bits per channel: choose 2 to 8")
+        if self.merge not in MERGES:
+            raise NmpError(f"prior with merge rule {self.merge!r}: choose {' or '.join(MERGES)}")
+        if not 1 <= self.evidence_cap <= 65535:
+            raise NmpError(f"prior with an evidence cap of {self.evidence_cap}: choose 1 to 65535")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""Kill a process that writes, flushes, commits, merges and compacts a city, again and again; then flip bits.
+
+    python benchmarks/prior_crash.py [--kills 500] [--flips 200] [--out prior_crash.json]
+
+After every kill the city is opened, every checksum is verified, and every drive has to hold all that was flushed. A
+worker adds 1 of evidence per frame to an area of its own drive, so that what a drive must hold can be read off it.
+Every flipped bit (in any file of the city) has to be found by verify. Writes JSON; exits with 1 when anything was lost,
+torn or not noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nmp.errors import NmpError
+from nmp.prior import CityPrior, PriorSpec, Window, upkeep
+from nmp.prior.ledger import Ledger
+from nmp.prior.storage import Storage
+
+CITY = "city"
+SPEC = PriorSpec(4, 0.3, "benchmark")
+SIDE = 100
+"""cells of the area of one drive, rows and columns; areas lie 128 apart, so that no two share a tile"""
+
+
+def area(drive: int) -> Window:
+    return Window(0, 128 * drive, SIDE, SIDE)
+
+
+def work(folder: Path, first: int, progress: Path) -> None:
+    """Drive, commit, merge and compact until killed; append what is safe to ``progress``."""
+    rng = random.Random(first)
+    with progress.open("a", buffering=1) as told:
+        for drive in range(first, first + 1000):
+            prior = CityPrior.open(folder, CITY, SPEC, flush_interval_s=0.01, vehicle=str(drive))
+            window = area(drive)
+            for frame in range(rng.randint(1, 12)):
+                latent, evidence = prior.read(window)
+                prior.write(window, np.full_like(latent, drive % 100), evidence + np.uint16(1), (drive + 1) * 10**9)
+                if rng.random() < 0.5:
+                    prior.flush()
+                    told.write(f"{drive} {frame + 1}\n")
+            prior.close()
+            told.write(f"{drive} {frame + 1}\n")
+            city, other = (Ledger.open(Storage(folder / name)) for name in (CITY, "other"))
+            if rng.random() < 0.3:
+                upkeep.merge(other.storage, city)
+            if rng.random() < 0.3:
+                upkeep.compact(city, keep=rng.random() < 0.5)
+
+
+def lost_of(folder: Path, safe: dict[int, int]) -> list[str]:
+    """Open the city after a crash, and return what is not as it was told."""
+    problems = []
+    with CityPrior.open(folder, CITY, SPEC) as prior:
+        for drive, frames in safe.items():
+            latent, evidence = prior.read(area(drive))
+            if evidence.min() < frames or evidence.min() != evidence.max() and evidence.max() - evidence.min() > 12:
+                problems.append(f"drive {drive}: {evidence.min()} of {frames} frames")
+            if (latent != drive % 100).any():
+                problems.append(f"drive {drive}: torn")
+    return problems
+
+
+def kills(folder: Path, count: int) -> dict[str, object]:
+    """Kill a worker ``count`` times at random moments."""
+    rng = random.Random(0)
+    for name in (CITY, "other"):
+        CityPrior.open(folder, name, SPEC).close()
+    # both are copies of one city
+    shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
+    progress = folder / "progress"
+    progress.touch()
+    # a server that forks before TensorStore has threads: a new interpreter for every kill would take most of the time
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "__main__"])
+    problems: list[str] = []
+    recovered = opened = 0
+    first = 0
+    for _ in tqdm(range(count), unit="kill", disable=None):
+        begin = progress.stat().st_size
+        worker = context.Process(target=work, args=(folder, first, progress))
+        worker.start()
+        time.sleep(rng.uniform(0.02, 0.6))
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join()
+        if worker.exitcode != -signal.SIGKILL:
+            raise SystemExit(f"the worker ended by itself, with {worker.exitcode}")
+        recovered += any((folder / CITY / "open").glob("*/session.json"))
+        lines = [line for line in progress.read_text()[begin:].splitlines(keepends=True) if line.endswith("\n")]
+        safe: dict[int, int] = {}
+        for line in lines:
+            drive, frames = map(int, line.split())
+            safe[drive] = max(frames, safe.get(drive, 0))
+        try:
+            problems += lost_of(folder, safe)
+            for name in (CITY, "other"):
+                found = upkeep.verify(Ledger.open(Storage(folder / name)))
+                problems += [f"{name}: {finding.what}" for finding in found]
+            opened += 1
+        except NmpError as error:
+            problems.append(str(error))
+        first = max([first, *safe]) + 2
+        if first > 300:  # begin anew: what is verified after each kill stays small
+            for name in (CITY, "other"):
+                shutil.rmtree(folder / name)
+                CityPrior.open(folder, name, SPEC).close()
+            shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
+            first = 0
+    return {"kills": count, "opened": opened, "drives_recovered": recovered, "problems": problems}
+
+
+def flips(folder: Path, count: int) -> dict[str, object]:
+    """Flip ``count`` bits of a city, one at a time, in any of its files."""
+    rng = random.Random(0)
+    city = folder / CITY
+    shutil.rmtree(city, ignore_errors=True)
+    for drive in range(6):
+        with CityPrior.open(folder, CITY, SPEC) as prior:
+            window = Window(0, 0, SIDE, SIDE)
+            latent, evidence = prior.read(window)
+            noise = np.random.default_rng(drive).integers(-99, 99, latent.shape).astype(np.int8)
+            prior.write(window, noise, evidence + np.uint16(50), (drive + 1) * 10**9)
+        if drive == 3:
+            upkeep.compact(Ledger.open(Storage(city)))
+    files = sorted(p for p in city.rglob("*") if p.is_file() and p.suffix != ".lock" and p.stat().st_size)
+    weights = [p.stat().st_size for p in files]
+
+    noticed, missed = 0, []
+    logging.disable(logging.CRITICAL)
+    for number in tqdm(range(count), unit="flip", disable=None):
+        # every other one anywhere, the rest in a file of any size
+        file = rng.choices(files, weights if number % 2 else None)[0]
+        raw = file.read_bytes()
+        damaged = bytearray(raw)
+        bit = rng.randrange(8 * len(raw))
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            found = upkeep.verify(Ledger.open(Storage(city), read_only=True))
+            if found:
+                noticed += 1
+            else:
+                missed.append(f"{file.relative_to(city)} bit {bit}")
+        except NmpError:
+            noticed += 1
+        file.write_bytes(raw)
+    return {"flips": count, "noticed": noticed, "missed": missed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--flips", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        results = {"crash": kills(Path(folder), options.kills), "damage": flips(Path(folder), options.flips)}
+        results["seconds"] = {"all": round(time.monotonic() - begin, 1)}
+    text = json.dumps(results, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    if results["crash"]["problems"] or results["damage"]["missed"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The command ``nmp prior``: what a city's prior is made of, and its upkeep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nmp.errors import NmpError
+from nmp.prior import upkeep
+from nmp.prior.ledger import Ledger
+from nmp.prior.record import Record
+from nmp.prior.storage import Storage
+from nmp.prior.tiles import bounds
+from nmp.prior.window import MERGES, PriorSpec
+
+SHORT = 12
+"""characters of an id that are shown"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands of ``nmp prior``."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str, run_it: Callable[[argparse.Namespace], None], city: str = "city") -> Any:
+        sub = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        sub.add_argument("city", metavar=city.upper(), help="folder or URL of one city: PRIOR/LOCATION")
+        sub.set_defaults(act=run_it)
+        return sub
+
+    log = action("log", "list the drives that a city is made of", _log)
+    log.add_argument("--json", action="store_true", help="print JSON")
+
+    show = action("show", "tell of a city, or of one drive", _show)
+    show.add_argument("drive", nargs="?", metavar="ID", help="the beginning of a drive's id (default: the whole city)")
+    show.add_argument("--json", action="store_true", help="print JSON")
+
+    diff = action("diff", "count the cells that differ between two states of a city", _diff)
+    for name in ("first", "second"):
+        diff.add_argument(name, metavar="STATE", help="a drive's id (the city after it), base, empty or now")
+    diff.add_argument("--json", action="store_true", help="print JSON")
+
+    rollback = action("rollback", "leave drives out of a city; the earlier state is back to the bit", _rollback)
+    which = rollback.add_mutually_exclusive_group(required=True)
+    which.add_argument("--to", metavar="ID", help="leave out every drive after this one (base: every drive)")
+    which.add_argument("--drop", nargs="+", metavar="ID", help="leave out these drives")
+    which.add_argument("--undo", nargs="+", metavar="ID", help="take these drives back in")
+
+    export = action("export", "write drives into one zip file", _export)
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="zip file to write")
+    export.add_argument("--drives", nargs="+", metavar="ID", help="only these (default: the base and all drives)")
+
+    load = action("import", "bring drives of an exported file, or a city of format 1, into a city", _import)
+    load.add_argument(
+        "source", metavar="FILE|OLD", help="zip file of nmp prior export, or folder of a city of format 1"
+    )
+    load.add_argument("--merge", choices=MERGES, default="sum", help="format 1 into a new city: how drives add up")
+    load.add_argument(
+        "--evidence-cap", type=int, default=4096, metavar="N", help="format 1 into a new city (default: %(default)s)"
+    )
+
+    merge = action("merge", "bring the drives of other copies into a city; their order makes no difference", _merge)
+    merge.add_argument("sources", nargs="+", metavar="SOURCE", help="folders or URLs of other copies of the city")
+
+    compact = action("compact", "fold drives into the base, so that the size follows the road driven", _compact)
+    compact.add_argument(
+        "--older-than", type=float, default=0.0, metavar="DAYS", help="only drives so much older than the newest one"
+    )
+    compact.add_argument("--keep", action="store_true", help="delete what was folded only at the next compaction")
+
+    verify = action("verify", "check every record and tile", _verify)
+    verify.add_argument("--repair", action="store_true", help="mend what can be mended")
+    verify.add_argument("--from", dest="other", metavar="CITY", help="another copy of the city to mend from")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``nmp prior``."""
+    args.act(args)
+
+
+def _log(args: argparse.Namespace) -> None:
+    ledger = Ledger.open(Storage(args.city), read_only=True)
+    head, base = ledger.head(), ledger.base()
+    entries = ([(base, "base")] if base else []) + [
+        (record, "left out" if record.id in head.left_out else "") for record in ledger.drives()
+    ]
+    if args.json:
+        _print_json([{**_facts(record), "state": state} for record, state in entries])
+        return
+    rows = [
+        (r.id[:SHORT], _date(r.first_ns), f"{(r.last_ns - r.first_ns) / 6e10:.1f}", _who(r), len(r.tiles), r.cells, s)
+        for r, s in entries
+    ]
+    _print_table(("drive", "began (UTC)", "minutes", "vehicle", "tiles", "cells", ""), rows)
+
+
+def _show(args: argparse.Namespace) -> None:
+    ledger = Ledger.open(Storage(args.city), read_only=True)
+    if args.drive:
+        facts = _facts(ledger.find(args.drive))
+    else:
+        active = ledger.active()
+        keys = {key for record in active for key in upkeep.digests(record)}
+        head, extent = ledger.head(), bounds(keys)
+        facts = {
+            "location": ledger.location,
+            **asdict(ledger.spec),
+            "base": head.base,
+            "drives": sum(len(record.drives) or 1 for record in active),
+            "left_out": list(head.left_out),
+            "tiles": len(keys),
+            "bytes": ledger.storage.size(),
+            "extent_cells": [extent.row, extent.col, extent.rows, extent.cols] if extent else None,
+        }
+    if args.json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{name.replace('_', ' '):<14} {'-' if text in ('', None) else text}")
+
+
+def _diff(args: argparse.Namespace) -> None:
+    ledger = Ledger.open(Storage(args.city), read_only=True)
+    first, second = (upkeep.state_at(ledger, name) for name in (args.first, args.second))
+    with _progress(len(first.keys() | second.keys()), "tile", "comparing") as step:
+        found = upkeep.difference(first, second, step)
+    if args.json:
+        _print_json(found._asdict())
+        return
+    for name, value in found._asdict().items():
+        print(f"{name.replace('_', ' '):<14} {value if isinstance(value, int) else round(value, 2)}")
+
+
+def _rollback(args: argparse.Namespace) -> None:
+    ledger = Ledger.open(Storage(args.city))
+    if args.undo:
+        # also of a drive that is damaged: the head says which there are
+        out = ledger.head().left_out
+        drives = [_one_of(out, text) for text in args.undo]
+        upkeep.take_back(ledger, drives)
+        print(f"{len(drives)} drives are part of {ledger.location} again")
+        return
+    if args.drop:
+        drives = [_a_drive(ledger, text).id for text in args.drop]
+    elif args.to == "base":
+        drives = [record.id for record in ledger.drives()]
+    else:
+        drives = [record.id for record in upkeep.drives_after(ledger, ledger.find(args.to))]
+    upkeep.leave_out(ledger, drives)
+    print(f"{len(drives)} drives are left out of {ledger.location}; --undo takes them back until it is compacted")
+
+
+def _export(args: argparse.Namespace) -> None:
+    ledger = Ledger.open(Storage(args.city), read_only=True)
+    only = [_a_drive(ledger, text).id for text in args.drives] if args.drives else None
+    total = sum(len(r.tiles) for r in ledger.active() if only is None or r.id in only)
+    with _progress(total, "tile", "exporting") as step:
+        count = upkeep.export(ledger, args.out, only, step)
+    print(f"wrote {args.out}: {count} records, {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+def _import(args: argparse.Namespace) -> None:
+    target = Storage(args.city)
+    if args.source.endswith(".zip"):
+        if not Path(args.source).is_file():
+            raise NmpError(f"{args.source} does not exist: check the path")
+        _merge_one(target, Ledger.open(Storage.of_zip(Path(args.source)), read_only=True))
+        return
+    old = Storage(args.source)
+    if old.get("prior.json") is None:
+        raise NmpError(f"{args.source} is neither a zip file nor a city of format 1: for a city use nmp prior merge")
+
+    def complete(found: PriorSpec) -> PriorSpec:
+        return replace(found, merge=args.merge, evidence_cap=args.evidence_cap)
+
+    record = upkeep.import_format_1(target, old, complete)
+    print(f"imported {args.source} as drive {record.id[:SHORT]}: {len(record.tiles)} tiles, {record.cells} cells")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    for source in args.sources:
+        _merge_one(Storage(args.city), Ledger.open(Storage(source), read_only=True))
+
+
+def _merge_one(target: Storage, source: Ledger) -> None:
+    with _progress(sum(len(r.tiles) for r in source.active()), "tile", "merging") as step:
+        done = upkeep.merge(target, source, step=step)
+    base = " and the base" if done.base else ""
+    print(f"{source.storage.name}: {len(done.drives)} drives{base} came in, {done.known} were known")
+
+
+def _compact(args: argparse.Namespace) -> None:
+    if not args.older_than >= 0:
+        raise NmpError(f"--older-than is {args.older_than} days: give 0 or more")
+    ledger = Ledger.open(Storage(args.city))
+    before = ledger.storage.size()
+    with _progress(None, "tile", "compacting") as step:
+        base = upkeep.compact(ledger, args.older_than, keep=args.keep, step=step)
+    if base is None:
+        print("nothing to compact")
+        return
+    after = ledger.storage.size()
+    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives: {before / 1e6:.2f} MB became {after / 1e6:.2f} MB")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    storage = Storage(args.city)
+    mended = upkeep.mend_city(storage) if args.repair else False
+    ledger = Ledger.open(storage, read_only=not args.repair)
+    other = Ledger.open(Storage(args.other), read_only=True) if args.other else None
+    with _progress(None, "tile", "verifying") as step:
+        findings = upkeep.verify(ledger, args.repair, other, step)
+    if mended:
+        findings.insert(0, upkeep.Finding("city.json", True))
+    if args.json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'repaired' if finding.repaired else 'damaged':<9} {finding.what}")
+    left = sum(not finding.repaired for finding in findings)
+    if left:
+        hint = "they count as unknown" if args.repair else "nmp prior verify --repair mends what can be mended"
+        raise NmpError(f"{left} damaged parts in {storage.name}: {hint}; --from another copy of the city helps most")
+    if not args.json:
+        print(f"{storage.name}: all checksums are right")
+
+
+# -- in and out ---------------------------------------------------------------------------------------------
+
+
+def _a_drive(ledger: Ledger, text: str) -> Record:
+    record = ledger.find(text)
+    if record.drives:
+        raise NmpError(f"{text} is the base: name a drive")
+    return record
+
+
+def _one_of(names: Sequence[str], text: str) -> str:
+    found = [name for name in names if name.startswith(text)] if text else []
+    if len(found) != 1:
+        raise NmpError(f"{len(found) or 'no'} drives that are left out begin with {text!r}: see nmp prior log")
+    return found[0]
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    extent = bounds(upkeep.digests(record))
+    return {
+        "id": record.id,
+        "location": record.location,
+        "vehicle": record.vehicle,
+        "weights": record.spec.fingerprint,
+        "first_ns": record.first_ns,
+        "last_ns": record.last_ns,
+        "began": _date(record.first_ns),
+        "tiles": len(record.tiles),
+        "cells": record.cells,
+        "extent_cells": [extent.row, extent.col, extent.rows, extent.cols] if extent else None,
+        "drives": list(record.drives),
+        "dropped": list(record.dropped),
+    }
+
+
+def _date(stamp_ns: int) -> str:
+    return datetime.fromtimestamp(stamp_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _who(record: Record) -> str:
+    return f"{len(record.drives)} drives" if record.drives else record.vehicle or "-"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    lines = [[str(value) for value in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def _progress(total: int | None, unit: str, text: str) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere."""
+    with tqdm(total=total, unit=unit, desc=text, disable=None, leave=False) as bar:
+        yield bar.update

@@ -1,0 +1,322 @@
+"""The drive that is under way: what it adds to each tile, kept on disk until it is committed."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmp.errors import NmpError
+from nmp.prior.cells import FIELD_PLANES, Cells, from_planes, on_grid, to_planes
+from nmp.prior.ledger import Ledger
+from nmp.prior.record import Record, checked, tile_table, unchecked
+from nmp.prior.storage import Lock, Storage
+from nmp.prior.tiles import TILE, Key
+from nmp.prior.tileset import Planes, TileSet
+from nmp.prior.window import PriorSpec
+
+_log = logging.getLogger(__name__)
+
+OPEN = "open"
+SESSION = "session.json"
+LOCK = "lock"
+_LEASE_S = 900.0
+"""where there are no locks (s3://, ...), a drive that was not saved for so long is over, s"""
+_ONE_THREAD = 32768
+"""elements from which torch spreads an operation over threads"""
+_WEIGHT_PLANES = 2
+_SUM_PLANES = 3
+"""a sum of 65535 x -128 still fits into three bytes"""
+
+
+class Tile:
+    """A tile in memory: the state of its cells, and what the own drive has added to them."""
+
+    def __init__(self, cells: Cells, spec: PriorSpec) -> None:
+        self.cells = cells
+        self.spec = spec
+        self.touched: NDArray[np.bool_] | None = None
+        """[64, 64] cells that the own drive saw; None: none"""
+        self.weight: NDArray[np.float32] = np.empty(0, np.float32)
+        """[64, 64] sum of the weights of its frames"""
+        self.sums: NDArray[np.float32] = np.empty(0, np.float32)
+        """[channels, 64, 64] sum of weight x latent; float32 holds these whole numbers below 2^24 exactly"""
+        self.edits = 0
+        """counts the changes, to tell whether a tile changed while it was being saved"""
+
+    @property
+    def nbytes(self) -> int:
+        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes + self.sums.nbytes
+        return self.cells.nbytes + own
+
+    def begin(self) -> None:
+        """Make room for what the own drive adds."""
+        if self.touched is None:
+            self.touched = np.zeros((TILE, TILE), bool)
+            if self.spec.merge == "sum":
+                self.weight = np.zeros((TILE, TILE), np.float32)
+                self.sums = np.zeros((self.spec.channels, TILE, TILE), np.float32)
+
+    def store(
+        self,
+        where: tuple[slice, slice],
+        latent: NDArray[np.int8],
+        evidence: NDArray[np.uint16],
+        seconds: int,
+        changed: NDArray[np.bool_],
+    ) -> None:
+        """Put a frame's result into the cells of a block where ``changed`` [rows, cols] is set.
+
+        ``evidence`` is that of the cell before plus the weight of this frame, ``latent`` the mean of both: their
+        difference to what the cells hold is what the frame adds.
+        """
+        self.begin()
+        assert self.touched is not None
+        cells = self.cells
+        old = cells.latent[:, where[0], where[1]]
+        if self.spec.merge == "sum":
+            self._add(where, latent, evidence, changed)
+        if changed.all():
+            old[...] = latent
+        else:
+            # old ^ (old ^ new) & mask: five times faster than a masked copy
+            difference = old ^ latent
+            difference &= -changed.view(np.int8)
+            old ^= difference
+        np.copyto(cells.evidence[where], np.minimum(evidence, self.spec.evidence_cap), where=changed)
+        np.copyto(cells.last_seen_s[where], np.uint32(seconds), where=changed)
+        first = changed & ~self.touched[where]
+        cells.traversals[where] += first & (cells.traversals[where] < 65535)
+        self.touched[where] |= changed
+        self.edits += 1
+
+    def _add(
+        self,
+        where: tuple[slice, slice],
+        latent: NDArray[np.int8],
+        evidence: NDArray[np.uint16],
+        changed: NDArray[np.bool_],
+    ) -> None:
+        before = self.cells.evidence[where].astype(np.float32)
+        after = evidence.astype(np.float32)
+        added = after - before
+        # nothing without a weight; nothing beyond what 16 bits count
+        adds = changed & (added > 0) & (self.weight[where] + added <= 65535)
+        self.weight[where] += added * adds
+        # twice as fast as numpy; imported here because the commands of a prior need none of it
+        import torch
+
+        old = self.cells.latent[:, where[0], where[1]]
+        sums = torch.from_numpy(self.sums[:, where[0], where[1]])
+        plus, minus = torch.from_numpy(after * adds), torch.from_numpy(before * adds)
+        # in pieces that torch leaves to one thread: it would wait for others that the network keeps busy
+        step = max(1, (_ONE_THREAD - 1) // adds.size)
+        for start in range(0, len(sums), step):
+            part = slice(start, start + step)
+            new = torch.from_numpy(latent[part]).float()
+            sums[part].addcmul_(new, plus).addcmul_(torch.from_numpy(old[part]).float(), minus, value=-1)
+
+    def contribution(self) -> Cells:
+        """Return what the own drive adds to the city, as it is committed."""
+        own = Cells(self.spec.channels)
+        if self.touched is None:
+            return own
+        own.last_seen_s[...] = self.cells.last_seen_s * self.touched
+        own.traversals[...] = self.touched
+        if self.spec.merge == "latest":
+            own.evidence[...] = self.cells.evidence * self.touched
+            latent = self.cells.latent
+        else:
+            own.evidence[...] = self.weight
+            mean = (self.sums / np.maximum(self.weight, 1)).clip(-128, 127)
+            latent = np.rint(mean, out=mean).astype(np.int8)
+        own.latent[...] = on_grid(latent, self.spec.bits)
+        own.latent *= own.evidence > 0
+        return own
+
+    def pack(self) -> Planes:
+        """Return a copy as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
+        assert self.touched is not None
+        parts = [self.cells.pack(), self.touched[None].view(np.uint8)]
+        if self.spec.merge == "sum":
+            parts.append(to_planes(self.weight.astype("<u2")))
+            sums = self.sums.astype("<i4").view(np.uint8).reshape(-1, TILE, TILE, 4)
+            parts.extend(np.moveaxis(sums[..., :_SUM_PLANES], -1, 0))
+        return np.concatenate(parts)
+
+    @classmethod
+    def unpack(cls, planes: Planes, spec: PriorSpec) -> Tile:
+        """Return the tile that :meth:`pack` wrote."""
+        end = spec.channels + FIELD_PLANES
+        tile = cls(Cells.unpack(planes[:end]), spec)
+        tile.begin()
+        tile.touched = planes[end].view(np.bool_).copy()
+        if spec.merge == "sum":
+            tile.weight = from_planes(planes[end + 1 : end + 3], "<u2").astype(np.float32)
+            sums = np.zeros((spec.channels, TILE, TILE, 4), np.uint8)
+            # into the upper bytes, and back by a shift that keeps the sign
+            sums[..., 1:] = np.moveaxis(planes[end + 3 :].reshape(_SUM_PLANES, -1, TILE, TILE), 0, -1)
+            tile.sums = (sums.view("<i4")[..., 0] >> 8).astype(np.float32)
+        return tile
+
+
+def open_planes(spec: PriorSpec) -> int:
+    """Return how many byte planes a tile has in the drive that is under way."""
+    return spec.channels + FIELD_PLANES + 1 + (spec.merge == "sum") * (_WEIGHT_PLANES + _SUM_PLANES * spec.channels)
+
+
+class OpenDrive:
+    """One process's drive through a city, until it is committed. Nothing exists on disk before the first save."""
+
+    def __init__(self, ledger: Ledger, vehicle: str, name: str = "") -> None:
+        self.ledger = ledger
+        self.vehicle = vehicle
+        self.first_ns: int | None = None
+        self._taken_over = False
+        self.storage: Storage = ledger.storage.below(f"{OPEN}/{name or uuid.uuid4().hex}")
+        self._tiles = TileSet(self.storage.below("tiles"), open_planes(ledger.spec), level=1)
+        self._lock: Lock | None = None
+        self.saved: set[Key] = set()
+        """tiles on disk"""
+
+    def lost(self) -> bool:
+        """Tell whether what was saved is no longer there: the folder was removed, or the disk is gone."""
+        return self._lock is not None and self.storage.get(SESSION) is None
+
+    def save(self, tiles: Mapping[Key, Planes]) -> dict[Key, str]:
+        """Write tiles, wait until they are synced to disk, and return the reasons for those that were not saved."""
+        try:
+            if self._lock is None or self.lost():
+                self._begin()
+        except (OSError, NmpError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+            return dict.fromkeys(tiles, reason)
+        failures = self._tiles.save(tiles)
+        self.saved.update(tiles.keys() - failures.keys())
+        return failures
+
+    def renew(self) -> None:
+        """Where there are no locks, tell others that this drive goes on. Raises :class:`NmpError`."""
+        if self.storage.local is None and self._lock is not None:
+            self._describe()
+
+    def _begin(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self.saved.clear()
+        # locked before there is anything to see, so that nobody takes it for what a crash left
+        lock = Lock(self.storage, LOCK, wait=False)
+        if not lock.held:
+            raise NmpError("another process looks at it: saving is tried again")
+        self._lock = lock
+        self._describe()
+
+    def _describe(self) -> None:
+        content: dict[str, Any] = {"vehicle": self.vehicle, "first_ns": self.first_ns}
+        if self.storage.local is None:
+            content["alive_s"] = time.time()
+        self.storage.put(SESSION, checked(content))
+
+    def load(self, keys: Iterable[Key]) -> dict[Key, Tile]:
+        """Return those of the saved tiles that are intact; others are reported, and no longer count as saved."""
+
+        def reject(key: Key, reason: str) -> None:
+            self.saved.discard(key)
+            blob = self._tiles.blob(key)
+            aside = "" if reason == "vanished" else self._tiles.storage.put_aside(blob)
+            what = "has vanished" if reason == "vanished" else f"is corrupt ({reason}), kept as {aside}"
+            self.ledger.tell(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
+
+        wanted = [key for key in keys if key in self.saved]
+        return {key: Tile.unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}
+
+    def commit(self) -> Record | None:
+        """Make what was saved a part of the city for good; None when that is nothing. The drive is over then.
+
+        Raises :class:`NmpError` when it cannot be written: it stays as it is, for the next who opens the city.
+        """
+        record = None
+        if self.saved:
+            seconds: list[int] = []
+
+            def make(keys: list[Key]) -> dict[Key, Cells]:
+                found = {key: tile.contribution() for key, tile in self.load(keys).items()}
+                seconds.extend(int(cells.last_seen_s.max()) for cells in found.values())
+                return found
+
+            def describe(rows: list[tuple[int, int, int, int]]) -> Record:
+                return Record(
+                    location=self.ledger.location,
+                    spec=self.ledger.spec,
+                    vehicle=self.vehicle,
+                    first_ns=min(seconds) * 10**9 if self.first_ns is None else self.first_ns,
+                    last_ns=max(seconds) * 10**9,
+                    tiles=tile_table(rows),
+                )
+
+            known = self.ledger.known()
+            record = self.ledger.publish(describe, self.saved, make, known)
+            if record.id in known and not self._taken_over:
+                _log.warning("this drive is part of %s already, to the bit: it counts once", self.ledger.storage.name)
+        self._forget()
+        return record
+
+    def release(self) -> None:
+        """Let the next who opens the city commit it."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _forget(self) -> None:
+        if self._lock is not None:
+            self.storage.clear()
+            self._lock.release()
+
+    # -- after a crash ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def recover_all(cls, ledger: Ledger) -> list[Record]:
+        """Commit the drives that ended without it: killed, out of power, out of disk. Others are left alone.
+
+        Raises :class:`NmpError` when one cannot be written.
+        """
+        found = []
+        for name in ledger.storage.below(OPEN).children():
+            drive = cls(ledger, "", name)
+            try:
+                over = drive._take_over()
+            except OSError as error:
+                raise NmpError(f"cannot open {drive.storage.name} ({error.strerror}): check permissions") from error
+            if over:
+                try:
+                    record = drive.commit()
+                finally:
+                    drive.release()
+                if record is not None:
+                    _log.info("committed drive %s, which had ended without it", record.id[:12])
+                    found.append(record)
+        return found
+
+    def _take_over(self) -> bool:
+        """Tell whether this drive is over; if so it is ours from then on."""
+        lock = Lock(self.storage, LOCK, wait=False)
+        if not lock.held:
+            return False
+        self._lock, self._taken_over = lock, True
+        raw = self.storage.get(SESSION)
+        try:
+            values = unchecked(raw or b"")
+            if time.time() - values.get("alive_s", 0) < _LEASE_S:
+                lock.release()
+                return False
+            self.vehicle, self.first_ns = str(values["vehicle"]), int(values["first_ns"])
+        except (ValueError, KeyError, TypeError) as error:
+            if raw is not None:
+                self.ledger.tell(f"{self.storage.name}/{SESSION}", f"is damaged ({error}): the vehicle is unknown")
+        self.saved = self._tiles.keys()
+        return True

@@ -1,0 +1,198 @@
+"""Where bytes are kept: a folder, or by URL whatever else TensorStore reaches (memory://, s3://, gs://)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from nmp.errors import NmpError
+
+CONTEXT = ts.Context(
+    {
+        # saving shares the machine with the network: one thread compresses, and no second cache of tiles
+        "data_copy_concurrency": {"limit": 1},
+        "file_io_concurrency": {"limit": 4},
+        "cache_pool": {"total_bytes_limit": 0},
+        # every write goes to a file of its own name, is synced and renamed; the default would begin with what a
+        # crash left of an earlier write, and keep the rest of it where the new content is shorter
+        "file_io_locking": {"mode": "none"},
+    }
+)
+ASIDE = ".corrupt"
+
+
+class Storage:
+    """Named blobs below one folder or URL. A write replaces a blob as a whole, or not at all.
+
+    Methods raise :class:`NmpError` that names the blob when it cannot be reached.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        text = str(place)
+        if "://" in text:
+            try:
+                self.spec: dict[str, Any] = ts.KvStore.Spec(text.rstrip("/") + "/").to_json()
+            except ValueError as error:
+                raise NmpError(f"prior at {text}: {reason_of(error)}") from error
+            self.name = text.rstrip("/")
+        else:
+            path = Path(text).expanduser().absolute()
+            self.spec = {"driver": "file", "path": f"{path}/"}
+            self.name = str(path)
+        self._connect()
+
+    def _connect(self) -> None:
+        file = self.spec["driver"] == "file"
+        self.local: Path | None = Path(self.spec["path"]) if file else None
+        """the folder, where it is one"""
+        try:
+            self._kv = ts.KvStore.open(self.spec, context=CONTEXT).result()
+        except (ValueError, OSError) as error:
+            raise NmpError(f"cannot open {self.name} ({reason_of(error)}): check the --prior folder") from error
+
+    @classmethod
+    def of_zip(cls, file: Path) -> Storage:
+        """Return the read-only content of a zip file."""
+        storage = cls.__new__(cls)
+        storage.name = str(file)
+        storage.spec = {"driver": "zip", "base": {"driver": "file", "path": str(file.absolute())}, "path": ""}
+        storage._connect()
+        return storage
+
+    def below(self, path: str) -> Storage:
+        """Return what lies below a folder of this one."""
+        storage = Storage.__new__(Storage)
+        storage.name = f"{self.name}/{path}"
+        storage.spec = {**self.spec, "path": f"{self.spec['path']}{path}/"}
+        storage._connect()
+        return storage
+
+    def get(self, key: str) -> bytes | None:
+        """Return a blob, None when it is not there."""
+        try:
+            found = self._kv.read(key).result()
+        except (ValueError, OSError) as error:
+            raise NmpError(
+                f"cannot read {self.name}/{key} ({reason_of(error)}): check the disk and the permissions of the "
+                "--prior folder"
+            ) from error
+        return bytes(found.value) if found.state == "value" else None
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write a blob; it is synced to disk when this returns."""
+        try:
+            self._kv.write(key, content).result()
+        except (ValueError, OSError) as error:
+            raise NmpError(
+                f"cannot write {self.name}/{key} ({reason_of(error)}): free disk space, or mend the permissions of the "
+                "--prior folder"
+            ) from error
+
+    def keys(self) -> list[str]:
+        """Return the names of all blobs, in order."""
+        try:
+            return sorted(key.decode() for key in self._kv.list().result())
+        except (ValueError, OSError) as error:
+            raise NmpError(f"cannot list {self.name} ({reason_of(error)}): check the permissions") from error
+
+    def children(self) -> list[str]:
+        """Return the names of the folders right below this one, in order."""
+        if self.local is not None:
+            return sorted(p.name for p in self.local.iterdir() if p.is_dir()) if self.local.is_dir() else []
+        return sorted({key.partition("/")[0] for key in self.keys() if "/" in key})
+
+    def delete(self, key: str) -> None:
+        """Remove one blob, if it is there."""
+        try:
+            self._kv.write(key, None).result()
+        except (ValueError, OSError) as error:
+            raise NmpError(f"cannot delete {self.name}/{key} ({reason_of(error)}): check permissions") from error
+
+    def clear(self) -> None:
+        """Remove everything below."""
+        try:
+            if self.local is not None:
+                if self.local.is_dir():
+                    shutil.rmtree(self.local)
+            else:
+                self._kv.delete_range(ts.KvStore.KeyRange()).result()
+        except (ValueError, OSError) as error:
+            raise NmpError(f"cannot clear {self.name} ({reason_of(error)}): check the permissions") from error
+
+    def put_aside(self, key: str) -> str:
+        """Keep a damaged blob under a name that nobody reads; return that name, empty where it cannot be moved."""
+        content = self.get(key)
+        if content is None:
+            return ""
+        aside, number = f"{key}{ASIDE}", 2
+        while self.get(aside) is not None:
+            aside, number = f"{key}.{number}{ASIDE}", number + 1
+        self.put(aside, content)
+        self.delete(key)
+        return aside
+
+    def size(self) -> int:
+        """Return the bytes of all blobs below."""
+        if self.local is None:
+            return sum(len(self.get(key) or b"") for key in self.keys())
+        total = 0
+        for folder, _, files in os.walk(self.local):
+            for name in files:
+                try:
+                    total += os.stat(os.path.join(folder, name)).st_size
+                except FileNotFoundError:  # replaced while this counts
+                    continue
+        return total
+
+
+class Lock:
+    """Holds a lock file of a local folder; the kernel frees it when the process ends in any way.
+
+    :param wait: wait for whoever holds it; otherwise ``held`` tells whether it was free
+
+    Raises OSError when the file cannot be made. Elsewhere than in a folder there is nothing to lock.
+    """
+
+    def __init__(self, storage: Storage, name: str, *, wait: bool) -> None:
+        self.held = True
+        self._descriptor: int | None = None
+        if storage.local is None:
+            return
+        storage.local.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(storage.local / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            # flock, not lockf: it also keeps out another user of the same process
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # whoever held it before may have removed the file: then this locks nothing that others see
+            self.held = os.path.samestat(os.fstat(self._descriptor), os.stat(storage.local / name))
+        except (BlockingIOError, FileNotFoundError):
+            self.held = False
+        if not self.held:
+            self.release()
+
+    def release(self) -> None:
+        """Let others have it; the file stays, because removing it would race with the next one to lock it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what went wrong, in one short line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    text = re.sub(r"^[A-Z_]+: ", "", text)
+    return re.sub(r"(: )?\[(os_error_code|source locations|tensorstore_spec|kvstore_key)=.*$", "", text).strip()

@@ -1,0 +1,523 @@
+"""What is done to a city between drives: rolling back, merging, compacting, comparing, exporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nmp.errors import NmpError
+from nmp.prior.cells import Cells, encode, on_grid
+from nmp.prior.cells import digest as digest_of
+from nmp.prior.ledger import (
+    BASES,
+    CITY,
+    COMMITS,
+    COPY,
+    DRIVES,
+    HEAD,
+    SPARE,
+    Head,
+    Ledger,
+    State,
+    create,
+    exists,
+    with_left_out,
+)
+from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
+from nmp.prior.storage import Lock, Storage
+from nmp.prior.tiles import Key
+from nmp.prior.tileset import TileSet
+from nmp.prior.window import PriorSpec
+
+Step = Callable[[int], object]
+"""is told how many more pieces of a long job are done"""
+_BATCH = 16
+_DAY_NS = 86_400 * 10**9
+
+
+def _quiet(_: int) -> None:
+    pass
+
+
+@contextmanager
+def maintaining(ledger: Ledger) -> Iterator[None]:
+    """Keep other compactions, merges and repairs of a city out; drives go on meanwhile."""
+    try:
+        lock = Lock(ledger.storage, "upkeep.lock", wait=False)
+    except OSError as error:
+        raise NmpError(f"cannot change {ledger.storage.name} ({error.strerror}): check the permissions") from error
+    if not lock.held:
+        raise NmpError(f"{ledger.storage.name} is being merged, compacted or repaired: try again when that is done")
+    with lock:
+        yield
+
+
+# -- versions -----------------------------------------------------------------------------------------------
+
+
+def leave_out(ledger: Ledger, drives: Iterable[str]) -> None:
+    """Fold the city without these drives (ids) from now on."""
+    wanted = set(drives)
+    ledger.change_head(lambda head: with_left_out(head, {*head.left_out, *wanted}))
+
+
+def take_back(ledger: Ledger, drives: Iterable[str]) -> None:
+    """Fold the city with these drives (ids) again."""
+    wanted = set(drives)
+    ledger.change_head(lambda head: with_left_out(head, set(head.left_out) - wanted))
+
+
+def drives_after(ledger: Ledger, drive: Record) -> list[Record]:
+    """Return the drives that are folded after one."""
+    return [record for record in ledger.drives() if not drive.drives and record.order > drive.order or drive.drives]
+
+
+def state_at(ledger: Ledger, name: str) -> State:
+    """Return the state of the city after a drive (the beginning of its id), or at "base", "empty" or "now"."""
+    records = ledger.active()
+    if name == "now":
+        return State(ledger, records)
+    if name == "empty":
+        return State(ledger, [])
+    if name == "base":
+        return State(ledger, [record for record in records if record.drives])
+    last = ledger.find(name)
+    return State(ledger, [r for r in records if r.drives or not last.drives and r.order <= last.order])
+
+
+class Difference(NamedTuple):
+    """What changed between two states of a city."""
+
+    tiles: int
+    added: int
+    """cells that only the second knows"""
+    removed: int
+    """cells that only the first knows"""
+    changed: int
+    """cells that both know, with other content"""
+    mean_latent: float
+    """mean absolute change of a latent channel of these, in steps of int8"""
+    evidence: int
+    """total evidence gained, in steps of uint16"""
+
+
+def difference(first: State, second: State, step: Step = _quiet) -> Difference:
+    """Compare two states of one city, cell by cell."""
+    tiles = added = removed = changed = evidence = 0
+    distance = 0.0
+    for keys in _batches(sorted(first.keys() | second.keys())):
+        before, after = first.load(keys), second.load(keys)
+        for key in keys:
+            a, b = (side.get(key) or Cells(first.ledger.spec.channels) for side in (before, after))
+            known_a, known_b = a.last_seen_s > 0, b.last_seen_s > 0
+            both = known_a & known_b
+            moved = np.abs(a.latent.astype(np.int16) - b.latent).sum(0)
+            other = both & ((moved > 0) | (a.evidence != b.evidence) | (a.last_seen_s != b.last_seen_s))
+            added += int((known_b & ~known_a).sum())
+            removed += int((known_a & ~known_b).sum())
+            changed += int(other.sum())
+            distance += float(moved[other].sum())
+            evidence += int(b.evidence.astype(np.int64).sum() - a.evidence.astype(np.int64).sum())
+            tiles += bool((known_a != known_b).any() or other.any())
+        step(len(keys))
+    mean = distance / (changed * first.ledger.spec.channels) if changed else 0.0
+    return Difference(tiles, added, removed, changed, mean, evidence)
+
+
+# -- fleets -------------------------------------------------------------------------------------------------
+
+
+class Merged(NamedTuple):
+    """What a merge did."""
+
+    drives: list[Record]
+    """came in"""
+    known: int
+    """were there already"""
+    base: bool
+    """the base of the source was taken over"""
+
+
+def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, step: Step = _quiet) -> Merged:
+    """Bring the drives of one copy of a city into another, which is created where it is missing.
+
+    Drives that the other one knows are left as they are; drives that the source leaves out stay there. Which of
+    several merges comes first makes no difference.
+
+    :param only: ids of the drives to take; None for all, and the base
+
+    Raises :class:`NmpError` when the copies do not belong together, and when a drive of the source is damaged (it
+    then stays out as a whole).
+    """
+    if not exists(storage):
+        create(storage, source.location, source.spec)
+    target = Ledger.open(storage)
+    check_spec(source.storage.name, target.location, source.location, target.spec, source.spec)
+    with maintaining(target):
+        took_base = only is None and _merge_base(target, source, step)
+        known, taken, skipped = target.known(), [], 0
+        for record in source.active():
+            if record.drives or (only is not None and record.id not in only):
+                continue
+            if record.id in known:
+                skipped += 1
+            else:
+                _copy(source, target, record, step)
+                target.storage.put(f"{COMMITS}/{record.id}.json", record.to_bytes())
+                taken.append(record)
+    return Merged(taken, skipped, took_base)
+
+
+def _merge_base(target: Ledger, source: Ledger, step: Step) -> bool:
+    """Take over the base of the source where it holds all that the target's does; tell whether that was done."""
+    theirs, ours = source.base(), target.base()
+    if theirs is None or set(theirs.drives) <= target.known():
+        return False
+    if ours is not None and not set(ours.drives) <= set(theirs.drives):
+        raise NmpError(
+            f"{source.storage.name} and {target.storage.name} were both compacted, each with drives that the other "
+            "lacks: a base cannot be taken apart again. Merge cities before they are compacted"
+        )
+    _copy(source, target, theirs, step)
+    target.storage.put(f"{BASES}/{theirs.id}/2.{COPY}", theirs.to_bytes())
+    target.change_head(lambda head: Head(theirs.id, tuple(sorted(set(head.left_out) - set(theirs.drives)))))
+    _sweep(target)
+    return True
+
+
+def _copy(source: Ledger, target: Ledger, record: Record, step: Step) -> None:
+    """Copy the tiles of a record byte by byte. Raises :class:`NmpError` when one is damaged."""
+    tiles = source.tiles_of(record)
+    into = target.tiles_of(record).storage
+    expected = digests(record)
+    for keys in _batches(sorted(expected)):
+        found = source.load(record, {key: expected[key] for key in keys})
+        missing = [key for key in keys if key not in found]
+        if missing:
+            raise NmpError(
+                f"tile {missing[0]} of {record.id[:12]} in {source.storage.name} is damaged: run nmp prior verify "
+                "--repair there, or leave this drive out"
+            )
+        for key in keys:
+            into.put(TileSet.blob(key), tiles.storage.get(TileSet.blob(key)) or b"")
+        step(len(keys))
+    target.tiles_of(record).describe()
+    into.put(COPY, record.to_bytes())
+
+
+def digests(record: Record) -> dict[Key, int]:
+    """Return the tiles of a record with their digests."""
+    table = record.tiles
+    places = zip(table["row"].tolist(), table["col"].tolist(), strict=True)
+    return dict(zip(places, table["digest"].tolist(), strict=True))
+
+
+def export(ledger: Ledger, out: Path, only: Sequence[str] | None = None, step: Step = _quiet) -> int:
+    """Write drives (ids; None for all, and the base) into a zip file, and return how many; equal content, equal bytes.
+
+    Raises :class:`NmpError` when the file exists or cannot be written; none is left behind then.
+    """
+    if out.exists():
+        raise NmpError(f"{out} exists: remove it or choose another name")
+    records = [r for r in ledger.active() if only is None or r.id in only]
+    partial = out.with_name(f"{out.name}.part")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+
+            def add(storage: Storage, name: str, path: str) -> None:
+                content = storage.get(name)
+                if content is None:
+                    raise NmpError(f"{storage.name}/{name} has vanished: run nmp prior verify")
+                # a fixed date: the same drives give the same file
+                archive.writestr(zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0)), content)
+
+            add(ledger.storage, CITY, CITY)
+            for record in records:
+                folder = ledger.folder_of(record)
+                storage = ledger.storage.below(folder)
+                for name in storage.keys():
+                    if name.endswith(".json") or name.startswith("c/") and not name.endswith(".corrupt"):
+                        add(storage, name, f"{folder}/{name}")
+                if record.drives:
+                    head = checked({"base": record.id, "left_out": []})
+                    archive.writestr(zipfile.ZipInfo("head.json", (1980, 1, 1, 0, 0, 0)), head)
+                else:
+                    add(ledger.storage, f"{COMMITS}/{record.id}.json", f"{COMMITS}/{record.id}.json")
+                step(len(record.tiles))
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise NmpError(f"cannot write {out} ({error.strerror}): free disk space or choose another name") from error
+    except NmpError:
+        partial.unlink(missing_ok=True)
+        raise
+    return len(records)
+
+
+# -- growth -------------------------------------------------------------------------------------------------
+
+
+def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False, step: Step = _quiet) -> Record | None:
+    """Fold drives into a new base and delete them; the city's state stays the same to the bit.
+
+    :param older_than_days: only drives that began so long before the newest one
+    :param keep: delete what was folded only at the next compaction: until then :func:`verify` can mend the base
+
+    Drives that are left out and as old are deleted as well. Until the head names the new base, everything before is
+    there; whoever crashes in between loses nothing. Returns the base, None where there is nothing to do.
+    """
+    with maintaining(ledger):
+        head = ledger.head()
+        drives = ledger.drives()
+        newest = max((record.first_ns for record in drives), default=0)
+        old = [r for r in drives if newest - r.first_ns >= older_than_days * _DAY_NS]
+        folded = [record for record in old if record.id not in head.left_out]
+        dropped = [record for record in old if record.id in head.left_out]
+        before = ledger.base(head)
+        _sweep(ledger)
+        if not folded:
+            return None
+        records = ([before] if before else []) + folded
+        state = State(ledger, records)
+
+        def make(keys: list[Key]) -> dict[Key, Cells]:
+            found = state.load(keys)
+            step(len(keys))
+            return found
+
+        def describe(rows: list[tuple[int, int, int, int]]) -> Record:
+            inside = {r.id for r in folded} | set(before.drives if before else ())
+            gone = {r.id for r in dropped} | set(before.dropped if before else ())
+            return Record(
+                location=ledger.location,
+                spec=ledger.spec,
+                vehicle="",
+                first_ns=min(record.first_ns for record in records),
+                last_ns=max(record.last_ns for record in records),
+                tiles=tile_table(rows),
+                drives=tuple(sorted(inside)),
+                dropped=tuple(sorted(gone)),
+            )
+
+        base = ledger.publish(describe, state.keys(), make)
+        gone = {record.id for record in dropped}
+        ledger.change_head(lambda now: replace(with_left_out(now, set(now.left_out) - gone), base=base.id))
+        if not keep:
+            _sweep(ledger)
+        return base
+
+
+def _sweep(ledger: Ledger) -> None:
+    """Delete bases that are not current and drives inside the current one: what compacting left, or a crash."""
+    base = ledger.base()
+    inside = set(base.drives + base.dropped) if base else set()
+    commits = {name.removesuffix(".json") for name in ledger.storage.below(COMMITS).keys() if name.endswith(".json")}
+    for drive in sorted(inside & commits):
+        ledger.storage.delete(f"{COMMITS}/{drive}.json")
+    for drive in ledger.storage.below(DRIVES).children():
+        if drive in inside:
+            ledger.storage.below(f"{DRIVES}/{drive}").clear()
+    for name in ledger.storage.below(BASES).children():
+        if base is None or name != base.id:
+            ledger.storage.below(f"{BASES}/{name}").clear()
+
+
+# -- health -------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """Something damaged."""
+
+    what: str
+    repaired: bool
+
+
+def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, step: Step = _quiet) -> list[Finding]:
+    """Check every record and every tile against its checksum, and return what is damaged.
+
+    :param repair: put things right: records and the head from their copies, a base's tiles from the base and drives
+        before it where they were kept, any tile from ``other``, another copy of the city; the rest stays unknown
+    """
+    findings = _verify_records(ledger, repair, other)
+    base = ledger.base()
+    for record in ([base] if base else []) + ledger.drives():
+        findings += _verify_spares(ledger, record, repair)
+        expected = digests(record)
+        for keys in _batches(sorted(expected)):
+            wanted = {key: expected[key] for key in keys}
+            found = ledger.load(record, wanted)
+            for key in keys:
+                if key not in found:
+                    mended = repair and _mend_tile(ledger, other, record, key, expected[key])
+                    kind = "base" if record.drives else "drive"
+                    findings.append(Finding(f"tile {key} of {kind} {record.id[:12]}", mended))
+            step(len(keys))
+    return findings
+
+
+def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[Finding]:
+    findings = []
+    storage = ledger.storage
+    heads = {}
+    for name in (HEAD, SPARE):
+        content = storage.get(name)
+        try:
+            unchecked(content or b"")
+            heads[name] = content
+        except ValueError:
+            heads[name] = None
+    if storage.get(HEAD) is not None or storage.get(SPARE) is not None:
+        for name, twin in ((HEAD, SPARE), (SPARE, HEAD)):
+            if heads[name] is None:
+                good = heads[twin]
+                if repair and good is not None:
+                    storage.put(name, good)
+                findings.append(Finding(name, repair and good is not None))
+    ledger.drives()  # puts aside what is damaged
+    base = ledger.head().base
+    if base:
+        record = ledger.base()
+        for name in (COPY, f"2.{COPY}"):
+            if record is not None and storage.get(f"{BASES}/{base}/{name}") != record.to_bytes():
+                if repair:
+                    storage.put(f"{BASES}/{base}/{name}", record.to_bytes())
+                findings.append(Finding(f"{name} of base {base[:12]}", repair))
+    for drive in ledger.damaged_records():
+        found = ledger.kept(DRIVES, drive) or (other.kept(DRIVES, drive) if other else None)
+        if repair and found is not None:
+            storage.put(f"{COMMITS}/{drive}.json", found.to_bytes())
+        findings.append(Finding(f"record of drive {drive[:12]}", repair and found is not None))
+    return findings
+
+
+def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding]:
+    """Check what lies beside the tiles of a record: nothing is read from it unless something else is damaged."""
+    tiles = ledger.tiles_of(record)
+    findings = []
+    if not record.drives and tiles.storage.get(COPY) != record.to_bytes():
+        if repair:
+            tiles.storage.put(COPY, record.to_bytes())
+        findings.append(Finding(f"{COPY} of drive {record.id[:12]}", repair))
+    if not tiles.described():
+        if repair:
+            tiles.describe()
+        findings.append(Finding(f"zarr.json of {record.id[:12]}", repair))
+    return findings
+
+
+def _mend_tile(ledger: Ledger, other: Ledger | None, record: Record, key: Key, digest: int) -> bool:
+    """Write a tile again: a base's from what it was folded from, any from another copy of the city."""
+    for source in (ledger, other):
+        if source is None:
+            continue
+        found = _rebuilt(source, record, key) if record.drives else None
+        if found is None and source is other and source.storage.get(f"{source.folder_of(record)}/{COPY}") is not None:
+            found = source.load(record, {key: digest}).get(key)
+        if found is not None:
+            planes = encode(found, ledger.spec)
+            if digest_of(planes) == digest and not ledger.tiles_of(record).save({key: planes}):
+                return True
+    return False
+
+
+def _rebuilt(ledger: Ledger, base: Record, key: Key) -> Cells | None:
+    """Fold a tile of a base once more, from an earlier base and drives, where all of them are still there."""
+    names = [name for name in ledger.storage.below(BASES).children() if name != base.id]
+    for before in [None, *(ledger.kept(BASES, name) for name in names)]:
+        inside = set(before.drives) if before else set()
+        drives = [ledger.kept(DRIVES, drive) for drive in sorted(set(base.drives) - inside)]
+        if inside <= set(base.drives) and all(drives):
+            after = sorted((drive for drive in drives if drive), key=lambda drive: drive.order)
+            return State(ledger, [*([before] if before else []), *after]).load([key]).get(key)
+    return None
+
+
+def mend_city(storage: Storage) -> bool:
+    """Write a damaged city.json again, from any record; tell whether that was needed.
+
+    Raises :class:`NmpError` when there is no record to take it from.
+    """
+    try:
+        Ledger.open(storage)
+        return False
+    except NmpError:
+        raw = storage.get(CITY)
+        names = [f"{COMMITS}/{n}" for n in storage.below(COMMITS).keys() if n.endswith(".json")]
+        names += [f"{BASES}/{n}/{COPY}" for n in storage.below(BASES).children()]
+        for name in names:
+            try:
+                found = Record.from_bytes(storage.get(name) or b"", name.split("/")[1].removesuffix(".json"))
+            except (ValueError, KeyError, TypeError, NmpError):
+                continue
+            if raw is not None:
+                storage.put_aside(CITY)
+            create(storage, found.location, found.spec)
+            return True
+        raise
+
+
+# -- the format before --------------------------------------------------------------------------------------
+
+
+def import_format_1(storage: Storage, old: Storage, spec_of: Callable[[PriorSpec], PriorSpec]) -> Record:
+    """Bring a city of format 1 (one state, no drives) in as one drive, and return it.
+
+    :param spec_of: completes what format 1 says of the latents, for a city that is new
+
+    Raises :class:`NmpError` when the old city cannot be read, or belongs to another model or place.
+    """
+    where = f"{old.name}/prior.json"
+    try:
+        content = json.loads(old.get("prior.json") or b"")
+        if content["format"] != 1:
+            raise ValueError(f"format {content['format']!r}")
+        location, found = str(content["location"]), PriorSpec(**content["spec"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise NmpError(f"{where} is unreadable ({error}): it is no prior of format 1") from error
+    if not exists(storage):
+        create(storage, location, spec_of(found))
+    target = Ledger.open(storage)
+    wanted = replace(target.spec, **{n: getattr(found, n) for n in ("channels", "cell", "fingerprint")})
+    check_spec(old.name, target.location, location, target.spec, wanted)
+    tiles = TileSet(old.below("cells"), found.channels + 6)
+    seconds: list[int] = []
+
+    def make(keys: list[Key]) -> dict[Key, Cells]:
+        made = {}
+        for key, planes in tiles.load(keys, lambda key, why: target.tell(f"tile {key} of {old.name}", why)).items():
+            # format 1 had the same planes, but for the traversals
+            cells = Cells.unpack(np.concatenate([planes, np.zeros((2, *planes.shape[1:]), np.uint8)]))
+            made[key] = _as_drive(cells, target.spec)
+            seconds.extend((int(cells.last_seen_s[cells.last_seen_s > 0].min()), int(cells.last_seen_s.max())))
+        return made
+
+    def describe(rows: list[tuple[int, int, int, int]]) -> Record:
+        if not rows:
+            raise NmpError(f"{old.name} holds no readable tiles: there is nothing to import")
+        first, last = min(seconds) * 10**9, max(seconds) * 10**9
+        return Record(target.location, target.spec, "format 1", first, last, tile_table(rows))
+
+    with maintaining(target):
+        return target.publish(describe, tiles.keys(), make)
+
+
+def _as_drive(cells: Cells, spec: PriorSpec) -> Cells:
+    seen = cells.last_seen_s > 0
+    cells.traversals[...] = seen
+    cells.evidence *= seen
+    cells.latent[...] = on_grid(cells.latent, spec.bits)
+    cells.latent *= cells.evidence > 0
+    return cells
+
+
+def _batches(keys: list[Key]) -> Iterator[list[Key]]:
+    for start in range(0, len(keys), _BATCH):
+        yield keys[start : start + _BATCH]
