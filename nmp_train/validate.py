@@ -110,7 +110,8 @@ def validate(
     :param with_prior: False scores single frames only
     :return: IoU in percent by system (``no prior``, ``empty``, ... also with errors of the pose, and again for the
         cities that change), by part of the set
-        (``all``, weather, difficulty, rings of distance), by class
+        (``all``, weather, difficulty, rings of distance; with a prior also rings of the nearest view so far,
+        this one or an earlier one), by class
     """
     network.eval()
     stage = dataclasses.replace(config.stages[-1], group=1, batch=1)
@@ -179,6 +180,10 @@ def _drive_all(
     low = [torch.floor(path.amin(0) / cell).long() - side for path in paths]
     size = [torch.ceil(path.amax(0) / cell).long() + side - a for path, a in zip(paths, low, strict=True)]
     maps = [fusion.Memory.empty(1, network.state_channels, int(s[1]), int(s[0]), device) for s in size]
+    # How near each cell was ever seen, as metres short of the reach: zero, which is what lies outside, is never.
+    nearness = [torch.zeros(1, 1, int(s[1]), int(s[0]), device=device) for s in size]
+    ahead = counter.reach - torch.as_tensor(net.feature_grid.centres(), dtype=torch.float32).norm(dim=-1).to(device)
+    ahead = ahead.view(1, 1, *net.feature_grid.shape)
     spread = torch.tensor([error[0], error[0], error[1]])
     generator = torch.Generator().manual_seed(5)
     name = f" at {error[0]:g} m, {error[1]:.3g} rad" if error[0] else ""
@@ -199,11 +204,20 @@ def _drive_all(
             )
             bev = torch.stack([made[i].bev[t] for i in active]).float()
             origin = torch.stack(corner).float() * cell
-            output, memory = network.step(bev, memory, pose.to(device), origin.to(device))
+            pose, origin = pose.to(device), origin.to(device)
+            output, memory = network.step(bev, memory, pose, origin)
+            near = torch.cat([nearness[i][spot] for i, spot in zip(active, spots, strict=True)])
+            before = fusion.map_to_ego(near, pose, net.layer_grid, origin, cell, "nearest")
+            seen = ahead.expand(len(active), -1, -1, -1)
+            near = torch.maximum(
+                near, fusion.ego_to_map(seen, pose, net.feature_grid, origin, cell, side, side, "nearest")
+            )
             for k, (i, spot) in enumerate(zip(active, spots, strict=True)):
                 maps[i].latent[spot] = memory.latent[k]
                 maps[i].evidence[spot] = memory.evidence[k]
-                counter.add(f"{prefix}{TRIPS[number]}{name}", output.logits[k : k + 1], made[i], torch.tensor([t]))
+                nearness[i][spot] = near[k]
+                frame = (output.logits[k : k + 1], made[i], torch.tensor([t]))
+                counter.add(f"{prefix}{TRIPS[number]}{name}", *frame, earlier=before[k])
 
 
 class _Counter:
@@ -211,29 +225,45 @@ class _Counter:
 
     def __init__(self, grid: BevGrid, device: torch.device) -> None:
         centres = torch.as_tensor(grid.centres(), dtype=torch.float32)
-        distance = centres.norm(dim=-1)
-        rings = list(itertools.pairwise(DISTANCE_EDGES_M))
-        self.rings = [f"{near:.0f}-{far:.0f} m" for near, far in rings]
-        masks = [torch.ones_like(distance, dtype=torch.bool)] + [(distance >= a) & (distance < b) for a, b in rings]
-        self.masks = torch.stack(masks).flatten(1).float().to(device)
-        self.found: list[tuple[str, int, list[str], Tensor]] = []
+        distance = centres.norm(dim=-1).view(grid.shape).to(device)
+        edges = list(itertools.pairwise(DISTANCE_EDGES_M))
+        self.edges = torch.tensor(edges, device=device)
+        self.rings = [f"{near:.0f}-{far:.0f} m" for near, far in edges]
+        self.nearest = [f"nearest view {ring}" for ring in self.rings]
+        self.reach = DISTANCE_EDGES_M[-1]
+        self.distance = distance
+        self.masks = torch.cat([torch.ones(1, distance.numel(), device=device), self._in_rings(distance)])
+        self.found: list[tuple[str, int, list[str], list[str], Tensor]] = []
 
-    def add(self, system: str, logits: Tensor, drive: _Drive, frames: Tensor) -> None:
-        """Count frames of a drive: ``logits`` [F, 3, rows, cols]."""
+    def _in_rings(self, distance: Tensor) -> Tensor:
+        """Return [rings, cells] 1 where a distance [rows, cols] lies in a ring."""
+        flat = distance.flatten()
+        return ((flat >= self.edges[:, :1]) & (flat < self.edges[:, 1:])).float()
+
+    def add(self, system: str, logits: Tensor, drive: _Drive, frames: Tensor, *, earlier: Tensor | None = None) -> None:
+        """Count frames of a drive: ``logits`` [F, 3, rows, cols].
+
+        :param earlier: [1, rows, cols] of one frame: how near its cells were seen before, in metres short of the reach
+        """
         truth = drive.truth[frames] > 0
         predicted = logits > 0
         pair = torch.stack([predicted & truth, predicted | truth]).flatten(3).float()  # [2, F, 3, cells]
         counts = [pair.sum(dim=1) @ self.masks.T]  # [2, 3, 1 + rings]
+        parts = list(self.rings)
+        if earlier is not None:
+            nearest = torch.minimum(self.reach - earlier[0], self.distance)
+            counts.append(pair.sum(dim=1) @ self._in_rings(nearest).T)
+            parts += self.nearest
         if drive.changed is not None:
             changed = drive.changed[frames].to(pair.device).flatten(1).float()[:, None]  # [F, 1, cells]
             counts += [(pair * mask).sum(dim=(1, 3))[..., None] for mask in (changed, 1 - changed)]
-        self.found.append((system, len(frames), drive.labels, torch.cat(counts, dim=-1).double()))
+            parts += ["changed", "unchanged"]
+        self.found.append((system, len(frames), drive.labels, parts, torch.cat(counts, dim=-1).double()))
 
     def percent(self) -> Scores:
         meters: dict[str, dict[str, IouMeter]] = {}
-        for system, frames, labels, counted in self.found:
+        for system, frames, labels, parts, counted in self.found:
             intersection, union = counted.cpu().numpy().astype(np.int64)
-            parts = [*self.rings, "changed", "unchanged"][: intersection.shape[1] - 1]
             columns = [
                 ("all", 0),
                 *((label, 0) for label in labels if label),
@@ -245,10 +275,11 @@ class _Counter:
                 meter.union += union[:, column]
                 meter.frames += frames
         return {
-            system: {part: parts[part].percent() for part in self._sorted(parts)} for system, parts in meters.items()
+            system: {part: found[part].percent() for part in self._sorted(found)} for system, found in meters.items()
         }
 
     def _sorted(self, parts: Iterable[str]) -> list[str]:
         found = set(parts)
-        labels = sorted(found - {"all", "changed", "unchanged", *self.rings})
-        return [p for p in ("all", *labels, *self.rings, "changed", "unchanged") if p in found]
+        behind = (*self.rings, *self.nearest, "changed", "unchanged")
+        labels = sorted(found - {"all", *behind})
+        return [p for p in ("all", *labels, *behind) if p in found]

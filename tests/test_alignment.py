@@ -1,6 +1,7 @@
 """What the search for the pose is taught, and the scores of held-out worlds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,26 @@ def test_held_out_drives_are_scored_with_every_prior() -> None:
     assert {f"changing city, {name}" for name in plain} == set(scores) - plain
     assert {"changed", "unchanged"} <= set(scores["changing city, one trip before"])
     assert "changed" not in scores["empty"] and "0-10 m" in scores["empty"]
+    assert "nearest view 0-10 m" in scores["empty"] and "nearest view 0-10 m" not in scores["no prior"]
     # The path of the prior begins at zero: an untrained one changes nothing. And the same run gives the same scores.
     first, again = (validate(network, source.part(0, 1), config, drives=1, trips=1) for _ in range(2))
     assert first["empty"]["all"] == first["no prior"]["all"]
     assert str(again) == str(first)  # NaN is not equal to itself
+
+
+def test_scores_by_the_nearest_view_of_a_place() -> None:
+    world = make_world(1001, size_m=250.0, drives=1, duration_s=5.0, texel_m=0.4)
+    config = TrainConfig(workers=0, network=SMALL, supersample=1)
+    torch.manual_seed(0)
+    network = BEVNetwork(SMALL)
+
+    def scored(rows: slice) -> dict[str, dict[str, dict[str, float]]]:
+        part = replace(world, frames=world.frames[rows])
+        return validate(network, SimulatedSource([part], config, torch.device("cpu")), config, drives=1, trips=1)
+
+    one = scored(slice(0, 1))["empty"]
+    for ring in ("0-10 m", "10-20 m", "20-40 m"):
+        assert str(one[f"nearest view {ring}"]) == str(one[ring])  # nothing was seen before
+    # From two places, more of the map was once near, and nothing else of it is far.
+    two = scored(slice(0, 9, 8))["empty"]
+    assert two["nearest view 20-40 m"]["miou"] != two["20-40 m"]["miou"]

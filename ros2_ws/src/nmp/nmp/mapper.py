@@ -5,8 +5,8 @@ The same class runs under the ROS node, in bag replay and in the trainer's evalu
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +71,7 @@ class OnlineMapper:
         self._spec = _spec_of(self.network, self.fingerprint)
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
-            self.network.fusion.config = dataclasses.replace(self.config, evidence_cap=65535 / EVIDENCE_SCALE)
+            self.network.fusion.cap = math.inf
         self.prior_error = ""
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
         self._cities: dict[str, CityPrior] = {}

@@ -33,6 +33,8 @@ class EvidenceFusion(nn.Module):
         super().__init__()
         self.config = config
         self.state_channels = config.prior_channels
+        self.cap = config.evidence_cap
+        """most evidence of a cell after :meth:`write`; infinite where whoever stores the cells caps them"""
         channels, stored = config.bev_channels, config.prior_channels
         self.latent = nn.Conv2d(channels, stored, 1)
         self.weight = nn.Conv2d(channels, 1, 1)
@@ -108,7 +110,7 @@ class EvidenceFusion(nn.Module):
             seen = seen * torch.sigmoid(self.doubt(alignment.spread))[:, :, None, None]
         rows, cols = memory.evidence.shape[-2:]
         turned = ego_to_map(seen, pose, net.feature_grid, origin, net.prior_cell, rows, cols)
-        return Memory(*update(memory.latent, memory.evidence, turned[:, :-1], turned[:, -1:], net.evidence_cap))
+        return Memory(*update(memory.latent, memory.evidence, turned[:, :-1], turned[:, -1:], self.cap))
 
 
 def update(latent: Tensor, evidence: Tensor, seen: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
