@@ -26,7 +26,7 @@ from nmp_train.checkpoint import NAME, Checkpoint, check_same_run, save_checkpoi
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Source, augment
 from nmp_train.distributed import Ranks
-from nmp_train.step import POSE_DRAWS, Draws, TrainingStep, save_memory, used_parameters, without_statistics
+from nmp_train.step import POSE_DRAWS, Draws, TrainingStep, autocast, save_memory, used_parameters, without_statistics
 
 LOG_EVERY = 50
 """steps between two looks at the losses: each look makes a GPU wait"""
@@ -212,7 +212,7 @@ class _Stage:
             drawn = np.random.SeedSequence((config.seed, self.number, progress.step, self.ranks.rank))
             torch.manual_seed(int(drawn.generate_state(1)[0]))
             parallel.train()
-            with self._autocast():
+            with autocast(self.config, self.device):
                 losses = parallel(batch, self._draws(batch))
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
@@ -247,10 +247,6 @@ class _Stage:
         self.network.requires_grad_(True)
         self.network.load_state_dict(average.state_dict())
 
-    def _autocast(self) -> torch.autocast:
-        half = self.device.type == "cuda" and self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-
     def _draws(self, batch: Batch) -> Draws | None:
         if self.stage.group == 1:
             return None
@@ -263,7 +259,7 @@ class _Stage:
         """Freeze the parameters that the loss of this stage does not depend on."""
         # A step of its own, because a compiled one does not tell.
         probe = TrainingStep(self.network, dataclasses.replace(self.config, compile=False), self.stage).train()
-        with self._autocast(), without_statistics(self.network):
+        with autocast(self.config, self.device), without_statistics(self.network):
             used = used_parameters(probe(batch, self._draws(batch))["loss"])
         for parameter in self.network.parameters():
             parameter.requires_grad_(id(parameter) in used)

@@ -11,7 +11,7 @@ from nmp.metrics import Breakdown
 from nmp.model import BEVNetwork
 from nmp_train.config import TrainConfig
 from nmp_train.data import Source
-from nmp_train.step import Draws, TrainingStep
+from nmp_train.step import Draws, TrainingStep, autocast
 
 Scores = dict[str, dict[str, dict[str, float]]]
 
@@ -33,7 +33,7 @@ def score_groups(network: BEVNetwork, source: Source, config: TrainConfig) -> Sc
     for group in source.loader(stage, seed=77, length=length):
         batch = source.batch(group)
         draws = Draws.of(batch.seeds.tolist(), stage.group, exact, device) if stage.group > 1 else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(config, device):
             answers: dict[str, Any] = step.answers(batch, draws)
         truth = batch.truth.cpu().numpy()
         labels = [[name for name in pair if name] for pair in zip(batch.weather, batch.labels, strict=True)]

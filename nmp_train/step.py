@@ -239,6 +239,11 @@ class TrainingStep(nn.Module):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Return the context in which a network is trained and scored: bfloat16 on a GPU, if the configuration says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and config.precision == "bf16")
+
+
 def frozen_parts(network: BEVNetwork, stage: StageConfig) -> tuple[nn.Module, ...]:
     """Return the parts of a network that a stage keeps as they are."""
     if stage.alignment_only:

@@ -28,6 +28,7 @@ from nmp.truth import rasterize
 from nmp_train.config import TrainConfig
 from nmp_train.data import Group, SimulatedGroups, SimulatedSource, collate
 from nmp_train.score import Scores
+from nmp_train.step import autocast
 from nmp_train.world import World
 
 FRAMES = 48
@@ -127,10 +128,10 @@ def validate(
     )
     found: list[_Drive] = []
     for group, changed in tqdm(loader, desc="validation", unit="drive", total=len(todo)):
-        found.append(_encode(network, source, group, changed))
+        found.append(_encode(network, source, config, group, changed))
     lanes = [found[i : i + trips] for i in range(0, len(found), trips)]
     counter = _Counter(config.network.layer_grid, source.device)
-    with _precision(source.device):
+    with autocast(config, source.device):
         for prefix, changing in (("", False), ("changing city, ", True)):
             some = [lane for lane in lanes if (lane[0].changed is not None) is changing]
             by_trip = [[lane[i] for lane in some] for i in range(trips)]
@@ -144,9 +145,11 @@ def validate(
     return counter.percent()
 
 
-def _encode(network: BEVNetwork, source: SimulatedSource, group: Group, changed: Tensor | None) -> _Drive:
+def _encode(
+    network: BEVNetwork, source: SimulatedSource, config: TrainConfig, group: Group, changed: Tensor | None
+) -> _Drive:
     batch = source.batch(group)
-    with _precision(source.device):
+    with autocast(config, source.device):
         bev = torch.cat(
             [
                 network.encode(*parts)
@@ -158,10 +161,6 @@ def _encode(network: BEVNetwork, source: SimulatedSource, group: Group, changed:
     first = batch.pose[0, :1].clone()
     first[:, 2] = 0
     return _Drive(bev.half(), batch.truth, batch.pose[0] - first, [batch.weather[0], batch.labels[0]], changed)
-
-
-def _precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _drive_all(

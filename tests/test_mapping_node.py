@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -483,8 +484,9 @@ def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) ->
                 "nmp.nodes.recorder_node", "--ros-args", "-p", f"out_dir:={out}", domain=world.domain
             )
             probe = world.probe()
-            # The city is named once, and a player that is done takes its name along: both listen before it starts.
-            assert until(lambda probe=probe: probe.count_subscribers("/location") == 2, 40)
+            # The player waits for the node, not for the recorder: that one has to listen before it starts.
+            for topic in ("/location", "/mapping_node/layers/boundary", "/mapping_node/location"):
+                assert until(partial(probe.count_subscribers, topic), 40)
             player = node_process(
                 "nmp.nodes.player_node", "--ros-args", "-p", f"bag:={drive}", "-p", "rate:=2.0", domain=world.domain
             )

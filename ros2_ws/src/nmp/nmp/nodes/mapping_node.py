@@ -120,6 +120,8 @@ class MappingNode(Node):
         self._layers = {
             c: self.create_publisher(OccupancyGrid, topics.layer_topic(c), profile(topics.LATCHED)) for c in CLASSES
         }
+        self._located = ""  # what was last said on the next
+        self._location = self.create_publisher(String, topics.MAPPED_LOCATION, profile(topics.LATCHED))
         self._picture = self.create_publisher(Image, topics.BEV, profile(topics.PICTURE))
         self._tracker = ElementTracker()
         self._vectors = (
@@ -233,6 +235,9 @@ class MappingNode(Node):
     def _answer(self, waiting: _Waiting) -> None:
         try:
             local_map = self.mapper.update(waiting.frame)
+            if local_map.location != self._located:
+                self._located = local_map.location
+                self._location.publish(String(data=self._located))
             for name, grid in to_occupancy_grids(local_map).items():
                 self._layers[name].publish(grid)
             self.statistics.answer(time.monotonic() - waiting.received_s)

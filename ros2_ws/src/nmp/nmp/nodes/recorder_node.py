@@ -35,7 +35,7 @@ class RecorderNode(Node):
         super().__init__("recorder_node", **node_options)
         out_dir = self._parameter("out_dir", "", "Folder to write the layers to, one file per moment.")
         source = self._parameter("mapping_node", "mapping_node", "Name of the node whose layers are recorded.")
-        self.location = self._parameter("location", "", "City; empty: taken from the topic 'location'.")
+        self.location = self._parameter("location", "", "City; empty: taken from the mapping node.")
         if not out_dir:
             raise NmpError("parameter 'out_dir' is empty: name a folder for the layers (-p out_dir:=FOLDER)")
         self.folder = Path(out_dir).expanduser()
@@ -48,8 +48,9 @@ class RecorderNode(Node):
         for name in CLASSES:
             topic = topics.layer_topic(name).replace("~", source)
             self.create_subscription(OccupancyGrid, topic, partial(self._on_layer, name), profile(LAYERS_IN))
+        self.located = topics.MAPPED_LOCATION.replace("~", source)
         if not self.location:
-            self.create_subscription(String, topics.LOCATION, self._on_location, profile(topics.LATCHED))
+            self.create_subscription(String, self.located, self._on_location, profile(topics.LATCHED))
 
     def _parameter(self, name: str, default: str, description: str) -> str:
         descriptor = ParameterDescriptor(description=description, read_only=True)
@@ -83,7 +84,7 @@ class RecorderNode(Node):
         self.incomplete += len(self._parts)
         if self._parts and not self.location:
             self.failure = NmpError(
-                f"no message on {topics.LOCATION}, so {len(self._parts)} moments are lost: set parameter 'location'"
+                f"no message on {self.located}, so {len(self._parts)} moments are lost: set parameter 'location'"
             )
         self.get_logger().info(f"wrote {self.written} moments to {self.folder}, {self.incomplete} were incomplete")
         if self.failure:
