@@ -43,7 +43,9 @@ SOLIDS_RADIUS_M = 120.0
 DRAWN_AHEAD = 6
 """batches that each worker has ready: they are small, as the images are rendered later"""
 TILT_RAD = 0.01
-"""standard deviation of pitch and roll of the car"""
+"""standard deviation of pitch and roll of the car, which its pose tells"""
+UNTOLD_TILT_RAD = 0.005
+"""the same against the road under it, which no pose tells: slopes, bumps, the play of the mounting"""
 CHANGES = 6
 """of a world that changes"""
 
@@ -244,14 +246,15 @@ class SimulatedGroups(Dataset[Group]):
         )
         level = transform_from_xyyaw(0.0, 0.0, yaw)
         turned = transform_from_xyyaw(0.0, 0.0, -turn)
-        car = np.eye(4)
+        car, road = np.eye(4), np.eye(4)
         car[:3, :3] = Rotation.from_euler("yx", rng.normal(0, TILT_RAD, 2)).as_matrix()
+        road[:3, :3] = Rotation.from_euler("yx", rng.normal(0, UNTOLD_TILT_RAD, 2)).as_matrix()
         network = self.config.network
         matrices, cameras, projections = [], [], []
         for camera in rig:
             k = network_intrinsics(camera.intrinsics, camera.width, camera.height, network)
             matrices.append(k)
-            cameras.append(level @ car @ camera.base_from_camera)
+            cameras.append(level @ road @ car @ camera.base_from_camera)
             base_from_camera = turned @ car @ camera.base_from_camera
             projections.append(unit_projection(k, base_from_camera, network.input_width, network.input_height))
         return (

@@ -18,45 +18,45 @@ class Clutter:
     """
 
     # lines of the map
-    unpainted_quiet: float = 0.34
+    unpainted_quiet: float = 0.17
     """share of dividers without any paint, on roads with one lane per direction"""
-    unpainted_busy: float = 0.17
-    faint: float = 0.2
+    unpainted_busy: float = 0.08
+    faint: float = 0.12
     """share of painted lines with 5 to 20 % of their paint left"""
-    worn: float = 0.3
+    worn: float = 0.25
     fading: float = 0.5
     """share of painted lines whose paint fades along them"""
     missing_dashes: float = 0.25
     """share of dashed lines that have lost some"""
-    repainted: float = 0.17
+    repainted: float = 0.1
     """share of painted lines with an older one beside them"""
-    paint_patches_per_km: float = 16.0
+    paint_patches_per_km: float = 10.0
 
     # crossings of the map
-    crossing_unpainted: float = 0.25
-    crossing_faint: float = 0.22
+    crossing_unpainted: float = 0.1
+    crossing_faint: float = 0.14
     crossing_worn: float = 0.3
     crossing_brick: float = 0.1
     crossing_ramp: float = 0.8
 
     # paint that is not in the map
-    edge_lines: float = 0.4
-    bays: float = 0.45
+    edge_lines: float = 0.3
+    bays: float = 0.35
     bike_lanes: float = 0.1
     stop_lines: float = 0.65
     zigzags: float = 0.4
     arrows: float = 0.35
     words: float = 0.1
-    hatches: float = 0.06
+    hatches: float = 0.04
     box_junctions: float = 0.25
-    humps: float = 0.12
-    false_lines: float = 0.22
+    humps: float = 0.07
+    false_lines: float = 0.1
     """share of roadsides with a line parallel to the kerb somewhere on the road: forgotten, erased or temporary"""
 
     # the asphalt
-    seams: float = 0.6
+    seams: float = 0.45
     """share of dividers and roadsides that have a seam in parallel"""
-    tones: float = 0.45
+    tones: float = 0.3
     """share of those whose two sides differ in tone"""
     trenches: float = 0.16
     tracks: float = 0.5
@@ -69,20 +69,20 @@ class Clutter:
     puddles_per_ha: float = 8.0
 
     # the edge of the road
-    flush: float = 0.16
+    flush: float = 0.1
     """share of roadsides without any kerb"""
-    dull_kerbs: float = 0.35
+    dull_kerbs: float = 0.25
     striped_kerbs: float = 0.35
     """share of blocks with black and white kerbs, where traffic keeps left"""
     gutters: float = 0.3
     second_kerbs: float = 0.3
-    openings_per_km: float = 11.0
+    openings_per_km: float = 7.0
     """dropped kerbs in front of drives that the map does not have"""
-    asphalt_walks: float = 0.25
+    asphalt_walks: float = 0.15
     overgrown: float = 0.3
     dirt: float = 0.6
     drains_per_km: float = 30.0
-    car_park_zebras: float = 0.12
+    car_park_zebras: float = 0.06
 
     def scaled(self, difficulty: float) -> Clutter:
         """Return all strengths multiplied by ``difficulty`` (0 is a clean map, 1 the default)."""

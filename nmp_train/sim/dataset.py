@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nmp.changelog import LAST_DAY, Change, apply_changes, checked_date, in_force, time_zone, write_changes
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, Camera
+from nmp.geometry import transform_from_xyyaw
 from nmp_train.sim.boxes import Boxes, nearest
 from nmp_train.sim.city import write_map
 from nmp_train.sim.drive import Trajectory
@@ -101,6 +102,7 @@ def write_dataset(
     seed: int = 0,
     render_scale: float = 1.0,
     tilt: bool = True,
+    slopes: bool = True,
     progress: bool = True,
     calibration_jitter: bool = True,
     changes: Mapping[str, Sequence[Change]] = MappingProxyType({}),
@@ -112,8 +114,9 @@ def write_dataset(
 
     ``render`` is one call, or one per location; a drive may bring its own. Images have ``image_size`` (width, height);
     they are rendered at ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples
-    are written too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name
-    only when it is complete.
+    are written too. ``tilt`` lets the car pitch and roll by up to about a degree, as its pose tells; ``slopes`` lets it
+    do so once more, against the road under it, as no pose tells. The folder appears under its name only when it is
+    complete.
 
     :param calibration_jitter: every log has cameras of its own, as each nuScenes log was calibrated anew; otherwise
         every car has those of :func:`nuscenes_rig`
@@ -182,7 +185,7 @@ def write_dataset(
                 writer = _SceneWriter(
                     part, tables, pool, scene, traffic, scenery[place], call, image_size, render_scale, rig
                 )
-                for _ in writer.write(sweeps, seed, tilt, localisation):
+                for _ in writer.write(sweeps, seed, tilt, slopes, localisation):
                     bar.update()
         for place in used:
             filename = write_map(cities[place], part, place)
@@ -287,7 +290,9 @@ class _SceneWriter:
         self.rig_name = scene.logfile if rig else scene.vehicle
         self.cameras = [_resized(c, image_size) for c in rig or nuscenes_rig(scene.vehicle)]
 
-    def write(self, sweeps: bool, seed: int, tilt: bool, localisation: LocalisationNoise | None) -> Iterator[None]:
+    def write(
+        self, sweeps: bool, seed: int, tilt: bool, slopes: bool, localisation: LocalisationNoise | None
+    ) -> Iterator[None]:
         """Render and write the scene; yields after every set of images."""
         scene, tables, trajectory = self.scene, self.tables, self.scene.drive.trajectory
         log = tables.add(
@@ -301,6 +306,7 @@ class _SceneWriter:
         scene_token = tables.token("scene", scene.name)
         calibrations = [tables.add_camera(self.rig_name, camera) for camera in self.cameras]
         sway = _Sway(np.random.default_rng([seed, scene.index, 5]) if tilt else None)
+        road = _Sway(np.random.default_rng([seed, scene.index, 6]) if slopes else None)
         moments = _moments(trajectory, sweeps)
         keys = [t for t, is_key in moments if is_key]
         base = trajectory.times_s[0]
@@ -320,7 +326,8 @@ class _SceneWriter:
             owner = samples[int(np.searchsorted(keys, t - 1e-6))]
             shots = [t + FIRING_OFFSET_MS[c.name] / 1000 for c in self.cameras]
             poses = [sway.pose(trajectory.at(base + s), s) for s in shots]
-            images = self._draw(t, poses, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
+            seen_from = [pose @ road.tilt(s) for pose, s in zip(poses, shots, strict=True)]
+            images = self._draw(t, seen_from, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
             for camera, calibration, s, pose, image in zip(
                 self.cameras, calibrations, shots, poses, images, strict=True
             ):
@@ -404,7 +411,7 @@ def _save(path: Path, rgb: NDArray[np.uint8], size: tuple[int, int]) -> None:
 
 
 class _Sway:
-    """The pitch and roll of a car on its springs: slow, and mostly under a degree."""
+    """Pitch and roll that come and go: slow, and mostly under a degree."""
 
     def __init__(self, rng: np.random.Generator | None) -> None:
         self._waves = (
@@ -413,14 +420,18 @@ class _Sway:
             else [(rng.normal(0, 0.22, 2), rng.uniform(0.05, 1.1), rng.uniform(0, 7, 2)) for _ in range(4)]
         )
 
-    def pose(self, xyyaw: Array, t: float) -> Array:
-        """Return map_from_base for a planar pose at a time (s)."""
+    def tilt(self, t: float) -> Array:
+        """Return the turn [4, 4] at a time (s)."""
         pitch, roll = np.radians(
             sum((a * np.sin(2 * np.pi * f * t + phase) for a, f, phase in self._waves), start=np.zeros(2))
         )
         out = np.eye(4)
-        out[:3, :3] = Rotation.from_euler("ZYX", [xyyaw[2], pitch, roll]).as_matrix()
-        out[:2, 3] = xyyaw[:2]
+        out[:3, :3] = Rotation.from_euler("YX", [pitch, roll]).as_matrix()
+        return out
+
+    def pose(self, xyyaw: Array, t: float) -> Array:
+        """Return map_from_base for a planar pose at a time (s)."""
+        out: Array = transform_from_xyyaw(*xyyaw) @ self.tilt(t)
         return out
 
 

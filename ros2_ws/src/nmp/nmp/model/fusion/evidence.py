@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from nmp.model.blocks import Residual
+from nmp.model.blocks import Residual, conv_bn_relu
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
@@ -20,6 +21,27 @@ LATENT_SCALE = 127.0
 """int8 steps per unit of latent: latents lie in -1..1"""
 EVIDENCE_SCALE = 256.0
 """uint16 steps per unit of evidence"""
+
+
+class Surroundings(nn.Module):
+    """Looks at prior and frame together, down to a quarter of the resolution: lines go on beyond what was seen."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        wide = channels * 3 // 2
+        self.mix_full = Residual(channels)
+        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
+        self.down_quarter = nn.Sequential(conv_bn_relu(wide, wide, 2), Residual(wide))
+        self.up_half = nn.Conv2d(wide, wide, 1)
+        self.up_full = nn.Conv2d(wide, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return as many channels [B, channels, rows, cols] of the same cells."""
+        full = self.mix_full(x)
+        half = self.down_half(full)
+        low = functional.interpolate(self.up_half(self.down_quarter(half)), half.shape[-2:], mode="bilinear")
+        up = functional.interpolate(self.up_full(torch.relu(half + low)), full.shape[-2:], mode="bilinear")
+        return torch.relu(full + up)
 
 
 class EvidenceFusion(nn.Module):
@@ -39,7 +61,8 @@ class EvidenceFusion(nn.Module):
         self.latent = nn.Conv2d(channels, stored, 1)
         self.weight = nn.Conv2d(channels, 1, 1)
         self.prior_in = nn.Conv2d(stored + 1, channels, 1)
-        self.prior_mix = Residual(channels)
+        self.frame_in = nn.Conv2d(channels, channels, 1, bias=False)
+        self.prior_mix = Surroundings(channels)
         self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
@@ -75,7 +98,7 @@ class EvidenceFusion(nn.Module):
         prior = self.prior_in(torch.cat([latent * trust, trust], dim=1))
         if self.spread_in is not None and alignment is not None:
             prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
-        prior = torch.relu(prior)
+        prior = torch.relu(prior + self.frame_in(bev))
         # In the precision of the features: what follows must not round otherwise where nothing was added.
         return bev + (trust * self.prior_out(self.prior_mix(prior))).to(bev.dtype)
 
