@@ -110,7 +110,7 @@ def workers(
         ) from error
     own = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     try:
-        ray.init(address or "local", logging_level="warning", **({} if address else own))
+        ray.init(address or "local", logging_level="error", **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise NmpError(

@@ -63,13 +63,12 @@ class Worker:
 
         Raises :class:`NmpError` when the prior cannot be used: no other drive can be mapped then either.
         """
-        if drive.recording in recordings_in(self._prior, drive.location):
-            return Mapped(number, 0, 0.0, 0, "")  # somebody's answer was lost after the commit
         mapper = self._ready()
         summary = ReplaySummary()
         problem = ""
         try:
-            mapper.city(drive.location)
+            if drive.recording in mapper.city(drive.location).recordings():
+                return Mapped(number, 0, 0.0, 0, "")  # the answer of a worker was lost after it had committed
             try:
                 for _ in maps_of(drive.bag, mapper, summary, location=self._location, progress=False):
                     if mapper.prior_error:

@@ -228,6 +228,11 @@ class CityPrior:
         with self._guard:
             return bounds(self._keys())
 
+    def recordings(self) -> set[str]:
+        """Return the hashes of the recordings that had been mapped as a whole when this prior was opened."""
+        records = self._state.records if self._state is not None else []
+        return {name for record in records for name in record.recordings}
+
     def statistics(self) -> dict[str, int]:
         """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
         self._check_open()
