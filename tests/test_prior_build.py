@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +252,18 @@ def test_one_build_at_a_time_and_sane_numbers(
     for option in ("--workers", "--threads"):
         assert cli.main(["prior", "build", str(bags["first"]), "--prior", str(tmp_path), option, "0"]) == 2
         assert f"{option} is 0" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_ray(
+    bags: dict[str, Path], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(NmpError, match="no Ray cluster answers at 127.0.0.1"):
+            make(tmp_path, weights, [bags["first"]], address=f"127.0.0.1:{taken.getsockname()[1]}")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(NmpError, match="need Ray: pip install.*or build with --workers 1"):
+        make(tmp_path, weights, [bags["first"]], count=2)
 
 
 # -- what is known before -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from nmp.errors import NmpError
 from nmp.fleet.worker import Worker
 
+_ANSWER_S = 5.0
+"""within which a cluster has to take a connection, s"""
 _STORE_BYTES = 128 * 2**20
 """of the shared memory of a Ray of our own: only paths of drives go through it"""
 
@@ -101,6 +104,7 @@ def workers(
     if count == 1 and not address:
         yield _Here(Worker(prior, weights, location, threads))
         return
+    _check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report every start over the internet
     try:
         import ray
@@ -122,3 +126,14 @@ def workers(
         yield _OnRay([actor.remote(prior, weights, location, threads) for _ in range(count)])
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise :class:`NmpError` when nothing listens at host:port; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # auto: Ray looks for it on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise NmpError(f"no Ray cluster answers at {address} ({error}): check the address, see ray status") from error
