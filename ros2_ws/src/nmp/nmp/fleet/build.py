@@ -34,9 +34,9 @@ class Built:
     dropped: int = 0
     """frames and messages of these that could not be used"""
     seconds: float = 0.0
-    """wall time of the mapping, the start of workers included"""
-    busy_s: float = 0.0
-    """time that workers spent on frames, summed up"""
+    """wall time of the mapping, s"""
+    cpu_s: float = 0.0
+    """CPU time of all workers for it, s"""
     known: int = 0
     """bags whose recording the city held already, or that were given twice"""
     speedup: float = 1.0
@@ -178,7 +178,7 @@ def _map(pool: Pool, plan: Plan, drives: list[Survey], built: Built, skip_bad: b
             else:
                 built.drives += 1
                 built.frames += answer.frames
-                built.busy_s += answer.seconds
+                built.cpu_s += answer.cpu_s
                 built.dropped += answer.dropped
             plan.done(answer.number)
             bar.update(drive.frames)

@@ -112,7 +112,7 @@ def workers(
         raise NmpError(
             "several workers need Ray: pip install 'neural-map-prior[fleet]', or build with --workers 1"
         ) from error
-    own = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    own: dict[str, Any] = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     try:
         ray.init(address or "local", logging_level="error", **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +30,8 @@ class Mapped(NamedTuple):
 
     number: int
     frames: int
-    seconds: float
+    cpu_s: float
+    """CPU time of the worker, s"""
     dropped: int
     """frames and messages that could not be used"""
     problem: str
@@ -63,6 +65,7 @@ class Worker:
 
         Raises :class:`NmpError` when the prior cannot be used: no other drive can be mapped then either.
         """
+        begin = time.process_time()
         mapper = self._ready()
         summary = ReplaySummary()
         problem = ""
@@ -82,7 +85,7 @@ class Worker:
                 mapper.close(drive.recording)
         finally:
             mapper.discard()
-        return Mapped(number, summary.frames, summary.seconds, sum(summary.drops.values()), problem)
+        return Mapped(number, summary.frames, time.process_time() - begin, sum(summary.drops.values()), problem)
 
     def _ready(self) -> OnlineMapper:
         """Return the mapper; the network is loaded when it is first needed."""
