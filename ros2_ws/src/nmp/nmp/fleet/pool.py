@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections import deque
@@ -114,7 +115,7 @@ def workers(
         ) from error
     own: dict[str, Any] = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     try:
-        ray.init(address or "local", logging_level="error", **({} if address else own))
+        ray.init(address or "local", logging_level=logging.ERROR, **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise NmpError(
