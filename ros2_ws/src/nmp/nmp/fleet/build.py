@@ -152,7 +152,7 @@ def _late(drives: list[Survey], touched: list[set[Place]], prior: Path) -> int:
         storage = Storage(prior).below(location)
         if exists(storage):
             for record in Ledger.open(storage, read_only=True).active():
-                # of a base it is only known when its last drive began to end
+                # of a base only the time of its last frame is known
                 stamp = record.last_ns if record.drives else record.first_ns
                 for key in digests(record):
                     newest[location, key] = max(stamp, newest.get((location, key), 0))
