@@ -41,6 +41,7 @@ class OnlineMapper:
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
     :param vehicle: who drives: kept with what this drive adds to the prior
+    :param whole: a drive counts only when :meth:`close` was reached: nothing of it is kept after a crash
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
@@ -57,6 +58,7 @@ class OnlineMapper:
         use_prior: bool = True,
         flush_interval_s: float = 2.0,
         vehicle: str = "",
+        whole: bool = False,
         device: str = "cpu",
         precision: str = "auto",
         compiled: bool = False,
@@ -68,6 +70,7 @@ class OnlineMapper:
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
+        self._whole = whole
         self._spec = _spec_of(self.network, self.fingerprint)
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
@@ -99,6 +102,7 @@ class OnlineMapper:
                 self._spec,
                 flush_interval_s=self._flush_interval_s,
                 vehicle=self._vehicle,
+                whole=self._whole,
             )
         return self._cities[location]
 
@@ -156,11 +160,20 @@ class OnlineMapper:
         self.close()
         self.prior_dir = Path(prior_dir)
 
-    def close(self) -> None:
-        """Commit what this drive added to the prior, and release it. Safe to call twice."""
+    def close(self, recording: str = "") -> None:
+        """Commit what this drive added to the prior, and release it. Safe to call twice; more frames begin a new drive.
+
+        :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
+        """
         while self._cities:
             _, city = self._cities.popitem()
-            city.close()
+            city.close(recording)
+
+    def discard(self) -> None:
+        """Release the prior without what this drive added to it."""
+        while self._cities:
+            _, city = self._cities.popitem()
+            city.discard()
 
     def __enter__(self) -> OnlineMapper:
         return self
@@ -168,7 +181,10 @@ class OnlineMapper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is not None and self._whole:
+            self.discard()
+        else:
+            self.close()
 
 
 def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:

@@ -6,6 +6,8 @@ Same bag, same prior, same weights: the same bytes out, whatever the machine's l
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +81,21 @@ def keyframes_of(reader: BagReader) -> int:
     return max((reader.topics[n].count for n in names if n in reader.topics), default=0)
 
 
+def recording_of(reader: BagReader) -> str:
+    """Return a hash that tells an open bag's recording from others: 128 bits, in hexadecimal.
+
+    It covers the input topics with their counts, when the recording began and ended (ns), the first pose and the first
+    image of the anchor camera: a copy has the same, and nothing else of the bag is read.
+    """
+    uses = topics_of(reader)
+    counts = sorted((name, reader.topics[name].msgtype, reader.topics[name].count) for name in uses)
+    digest = hashlib.sha256(json.dumps([counts, reader.start_ns, reader.end_ns]).encode())
+    for topic, use in sorted(uses.items()):
+        if use in (("odom", ""), ("image", ANCHOR_CAMERA)):
+            digest.update(next(reader.raw_messages([topic]))[2])
+    return digest.hexdigest()[:32]
+
+
 def frames_of(reader: BagReader, assembler: FrameAssembler, location: str = "") -> Iterator[Frame]:
     """Yield the frames of an open bag in time order.
 
@@ -117,11 +134,25 @@ def replay(
     A frame that cannot be used is counted, like in the node. Raises :class:`NmpError` when the bag gives no frame
     at all, naming the reason.
     """
+    writer = LayerWriter(out)
+    summary = ReplaySummary()
+    for local_map in maps_of(bag, mapper, summary, location=location, progress=progress):
+        writer.write(local_map)
+        if pictures:
+            _write_picture(out, local_map)
+    return summary
+
+
+def maps_of(
+    bag: Path, mapper: OnlineMapper, summary: ReplaySummary, *, location: str = "", progress: bool = True
+) -> Iterator[LocalMap]:
+    """Map every frame of a bag, and yield the layers; ``summary`` is filled in on the way.
+
+    Raises :class:`NmpError` like :func:`replay`.
+    """
     from tqdm import tqdm
 
-    writer = LayerWriter(out)
     assembler = FrameAssembler()
-    summary = ReplaySummary()
     refused: Counter[str] = Counter()
     with BagReader(bag) as reader:
         total = keyframes_of(reader)
@@ -135,9 +166,7 @@ def replay(
                 refused[REFUSED] += 1
                 summary.reasons[REFUSED] = str(error)
                 continue
-            writer.write(local_map)
-            if pictures:
-                _write_picture(out, local_map)
+            yield local_map
             summary.frames += 1
         mapper.flush()
         summary.seconds = time.monotonic() - begin
@@ -145,7 +174,6 @@ def replay(
     summary.reasons |= assembler.last_error
     if not summary.frames:
         raise NmpError(_why_nothing(bag, total, summary))
-    return summary
 
 
 def _why_nothing(bag: Path, total: int, summary: ReplaySummary) -> str:
@@ -192,7 +220,8 @@ def run(args: argparse.Namespace) -> None:
         raise NmpError(f"--threads is {args.threads}: give at least 1")
     if any(args.out.glob("*.npz")):
         raise NmpError(f"{args.out} already holds layers: remove them or choose another --out")
-    BagReader(args.bag)  # a wrong path shows before the network is loaded
+    with BagReader(args.bag) as reader:  # a wrong path shows before the network is loaded
+        recording = recording_of(reader)
 
     import torch
 
@@ -203,6 +232,7 @@ def run(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with OnlineMapper(args.weights, args.prior, use_prior=not args.no_prior) as mapper:
         summary = replay(args.bag, mapper, args.out, location=args.location, pictures=args.bev)
+        mapper.close(recording)
     print(f"wrote {args.out}: {summary}")
     for cause in sorted(summary.drops):
         print(f"  {cause}: {summary.reasons.get(cause, '')}")

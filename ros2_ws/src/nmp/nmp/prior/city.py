@@ -85,11 +85,13 @@ class CityPrior:
         flush_interval_s: float = 2.0,
         read_only: bool = False,
         vehicle: str = "",
+        whole: bool = False,
     ) -> CityPrior:
         """Open the prior of city ``location`` below ``folder``, a folder or URL; a missing one is created.
 
         ``resident_mb`` bounds the tiles in memory (MiB), ``flush_interval_s`` what a crash can lose (s),
-        ``vehicle`` is kept with the drive. What is written becomes one drive of the city when the prior is closed.
+        ``vehicle`` is kept with the drive. What is written becomes one drive of the city when the prior is closed;
+        with ``whole`` nothing of it ever does when the process ends before that.
         Any number of processes may write a city: each sees the drives that were committed when it opened the prior,
         and its own. Drives that crashed are committed first. A read-only prior creates nothing; where there is none
         it is empty.
@@ -113,7 +115,7 @@ class CityPrior:
                     OpenDrive.recover_all(ledger)
                 except NmpError as error:  # a full disk: what that drive saved stays, for the next time
                     _log.warning("a drive that ended without being committed stays so for now: %s", error)
-                drive = OpenDrive(ledger, vehicle)
+                drive = OpenDrive(ledger, vehicle, whole=whole)
             return cls(storage.name, spec, ledger, drive, resident_mb=resident_mb, flush_interval_s=flush_interval_s)
         except OSError as error:
             raise NmpError(
@@ -226,6 +228,11 @@ class CityPrior:
         with self._guard:
             return bounds(self._keys())
 
+    def recordings(self) -> set[str]:
+        """Return the hashes of the recordings that had been mapped as a whole when this prior was opened."""
+        records = self._state.records if self._state is not None else []
+        return {name for record in records for name in record.recordings}
+
     def statistics(self) -> dict[str, int]:
         """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
         self._check_open()
@@ -246,31 +253,48 @@ class CityPrior:
         self._check_open()
         self._save_or_raise()
 
-    def close(self) -> Record | None:
+    def close(self, recording: str = "") -> Record | None:
         """Flush, commit the drive and stop the background threads; a second call does nothing.
+
+        :param recording: hash of the recording that this drive is the whole of, where it is one
 
         Returns the record of the drive, None when it wrote nothing. Raises :class:`NmpError` when that could not be
         saved: what was flushed stays, and is committed when the prior is opened again; later changes are lost. To
         keep them while the cause is being mended, call :meth:`flush` until it succeeds, then close.
         """
+        if not self._end() or self._drive is None:
+            return None
+        try:
+            error = self._save_dirty()
+            if error is not None:
+                raise error
+            return self._drive.commit(recording)
+        finally:
+            self._drive.release()
+
+    def discard(self) -> None:
+        """Close without committing: nothing of this drive becomes part of the city.
+
+        Raises :class:`NmpError` when what was saved of it cannot be deleted.
+        """
+        if self._end() and self._drive is not None:
+            try:
+                self._drive.forget()
+            finally:
+                self._drive.release()
+
+    def _end(self) -> bool:
+        """Stop the background threads; tell whether that was still to be done."""
         with self._guard:
             if self._closed:
-                return None
+                return False
             self._closed = True
         self._stop.set()
         self._fetch.set()
         for thread in self._threads:
             thread.join()
-        if self._drive is None:
-            return None
         atexit.unregister(self._close_at_exit)
-        try:
-            error = self._save_dirty()
-            if error is not None:
-                raise error
-            return self._drive.commit()
-        finally:
-            self._drive.release()
+        return True
 
     def __enter__(self) -> CityPrior:
         return self
@@ -278,7 +302,10 @@ class CityPrior:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is not None and self._drive is not None and self._drive.whole:
+            self.discard()
+        else:
+            self.close()
 
     # -- tiles ----------------------------------------------------------------------------------------------
 
@@ -418,7 +445,10 @@ class CityPrior:
 
     def _close_at_exit(self) -> None:
         try:
-            self.close()
+            if self._drive is not None and self._drive.whole:
+                self.discard()
+            else:
+                self.close()
         except NmpError as error:
             _log.error("%s", error)
 

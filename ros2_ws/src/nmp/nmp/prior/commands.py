@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nmp.errors import NmpError
+from nmp.fleet import command
 from nmp.prior import upkeep
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record
@@ -79,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--repair", action="store_true", help="mend what can be mended")
     verify.add_argument("--from", dest="other", metavar="CITY", help="another copy of the city to mend from")
     verify.add_argument("--json", action="store_true", help="print JSON")
+
+    command.add_arguments(actions)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -266,6 +269,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "extent_cells": [extent.row, extent.col, extent.rows, extent.cols] if extent else None,
         "drives": list(record.drives),
         "dropped": list(record.dropped),
+        "recordings": list(record.recordings),
     }
 
 

@@ -23,6 +23,8 @@ from nmp.prior.window import PriorSpec
 _log = logging.getLogger(__name__)
 
 OPEN = "open"
+WHOLE = "building"
+"""where drives are kept that count only when they are whole"""
 SESSION = "session.json"
 LOCK = "lock"
 _LEASE_S = 900.0
@@ -171,14 +173,18 @@ def open_planes(spec: PriorSpec) -> int:
 
 
 class OpenDrive:
-    """One process's drive through a city, until it is committed. Nothing exists on disk before the first save."""
+    """One process's drive through a city, until it is committed. Nothing exists on disk before the first save.
 
-    def __init__(self, ledger: Ledger, vehicle: str, name: str = "") -> None:
+    :param whole: it counts only when it is whole: a crash leaves nothing of it
+    """
+
+    def __init__(self, ledger: Ledger, vehicle: str, name: str = "", *, whole: bool = False) -> None:
         self.ledger = ledger
         self.vehicle = vehicle
+        self.whole = whole
         self.first_ns: int | None = None
         self._taken_over = False
-        self.storage: Storage = ledger.storage.below(f"{OPEN}/{name or uuid.uuid4().hex}")
+        self.storage: Storage = ledger.storage.below(f"{WHOLE if whole else OPEN}/{name or uuid.uuid4().hex}")
         self._tiles = TileSet(self.storage.below("tiles"), open_planes(ledger.spec), level=1)
         self._lock: Lock | None = None
         self.saved: set[Key] = set()
@@ -236,8 +242,10 @@ class OpenDrive:
         wanted = [key for key in keys if key in self.saved]
         return {key: Tile.unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}
 
-    def commit(self) -> Record | None:
+    def commit(self, recording: str = "") -> Record | None:
         """Make what was saved a part of the city for good; None when that is nothing. The drive is over then.
+
+        :param recording: hash of the recording that this drive is the whole of
 
         Raises :class:`NmpError` when it cannot be written: it stays as it is, for the next who opens the city.
         """
@@ -258,13 +266,14 @@ class OpenDrive:
                     first_ns=min(seconds) * 10**9 if self.first_ns is None else self.first_ns,
                     last_ns=max(seconds) * 10**9,
                     tiles=tile_table(rows),
+                    recordings=(recording,) if recording else (),
                 )
 
             known = self.ledger.known()
             record = self.ledger.publish(describe, self.saved, make, known)
             if record.id in known and not self._taken_over:
                 _log.warning("this drive is part of %s already, to the bit: it counts once", self.ledger.storage.name)
-        self._forget()
+        self.forget()
         return record
 
     def release(self) -> None:
@@ -272,7 +281,8 @@ class OpenDrive:
         if self._lock is not None:
             self._lock.release()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Delete what was saved. Raises :class:`NmpError` when that cannot be done."""
         if self._lock is not None:
             self.storage.clear()
             self._lock.release()
@@ -283,16 +293,16 @@ class OpenDrive:
     def recover_all(cls, ledger: Ledger) -> list[Record]:
         """Commit the drives that ended without it: killed, out of power, out of disk. Others are left alone.
 
-        Raises :class:`NmpError` when one cannot be written.
+        Those that count only when they are whole are deleted. Raises :class:`NmpError` when one cannot be written.
         """
         found = []
+        for name in ledger.storage.below(WHOLE).children():
+            drive = cls(ledger, "", name, whole=True)
+            if drive._is_over():
+                drive.forget()
         for name in ledger.storage.below(OPEN).children():
             drive = cls(ledger, "", name)
-            try:
-                over = drive._take_over()
-            except OSError as error:
-                raise NmpError(f"cannot open {drive.storage.name} ({error.strerror}): check permissions") from error
-            if over:
+            if drive._is_over():
                 try:
                     record = drive.commit()
                 finally:
@@ -302,9 +312,12 @@ class OpenDrive:
                     found.append(record)
         return found
 
-    def _take_over(self) -> bool:
-        """Tell whether this drive is over; if so it is ours from then on."""
-        lock = Lock(self.storage, LOCK, wait=False)
+    def _is_over(self) -> bool:
+        """Tell whether this drive ended without being committed; if so it is ours from then on."""
+        try:
+            lock = Lock(self.storage, LOCK, wait=False)
+        except OSError as error:
+            raise NmpError(f"cannot open {self.storage.name} ({error.strerror}): check permissions") from error
         if not lock.held:
             return False
         self._lock, self._taken_over = lock, True

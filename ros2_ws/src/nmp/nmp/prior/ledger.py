@@ -157,6 +157,11 @@ class Ledger:
         names = {n.removesuffix(".json") for n in self.storage.below(COMMITS).keys() if n.endswith(".json")}
         return names | set(base.drives + base.dropped if base else ())
 
+    def recordings(self) -> set[str]:
+        """Return the hashes of all recordings that were mapped into the city as a whole, those left out included."""
+        base = self.base()
+        return {name for record in [*self.drives(), *([base] if base else [])] for name in record.recordings}
+
     def find(self, text: str) -> Record:
         """Return the drive (or the base) whose id begins so. Raises :class:`NmpError` when it is not one."""
         base = self.base()

@@ -38,6 +38,9 @@ class Record:
     """of a base: the drives in it"""
     dropped: tuple[str, ...] = ()
     """of a base: drives that were rolled back and are gone for good"""
+    recordings: tuple[str, ...] = ()
+    """hash of the recording that was mapped from its first to its last frame (of a base: of all such, the dropped
+    too); none for a drive that was live or ended early"""
 
     @property
     def id(self) -> str:
@@ -65,6 +68,8 @@ class Record:
             "dropped": self.dropped,
             "tiles": base64.b64encode(self.tiles.tobytes()).decode(),
         }
+        if self.recordings:  # left out when empty: records from before there was such a key keep their names
+            content["recordings"] = self.recordings
         return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
@@ -85,6 +90,7 @@ class Record:
             tiles=np.frombuffer(base64.b64decode(values["tiles"]), _TABLE),
             drives=tuple(values["drives"]),
             dropped=tuple(values["dropped"]),
+            recordings=tuple(values.get("recordings", ())),
         )
 
 

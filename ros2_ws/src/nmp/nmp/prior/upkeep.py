@@ -305,6 +305,7 @@ def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False,
                 tiles=tile_table(rows),
                 drives=tuple(sorted(inside)),
                 dropped=tuple(sorted(gone)),
+                recordings=tuple(sorted({name for record in records + dropped for name in record.recordings})),
             )
 
         base = ledger.publish(describe, state.keys(), make)
