@@ -53,7 +53,7 @@ class PngStream:
         lines = np.zeros((rows, 1 + 3 * self._width), np.uint8)  # each row begins with its filter: 0, none
         lines[:, 1:] = strip.reshape(rows, -1)
         self._left -= rows
-        self._pending += self._deflate.compress(lines)
+        self._pending += self._deflate.compress(lines.tobytes())
         if len(self._pending) >= _IDAT_BYTES:
             self._flush()
 
@@ -72,9 +72,8 @@ class PngStream:
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> NmpError:
-        return NmpError(
-            f"cannot write the picture {self._path} ({error.strerror or error}): choose another place, or free disk space"
-        )
+        reason = error.strerror or error
+        return NmpError(f"cannot write the picture {self._path} ({reason}): choose another place, or free disk space")
 
     def __enter__(self) -> PngStream:
         return self
