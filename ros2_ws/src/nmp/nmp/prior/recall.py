@@ -37,12 +37,13 @@ class Recall:
         self.margin = math.ceil(REACH * config.feature_resolution / config.prior_cell)
         """cells around the wanted ones that have to be known as well, so that these come out as they would in a whole
         city"""
-        self._nothing = torch.zeros(1, config.bev_channels, 1, 1)
+        self.nothing = torch.zeros(1, config.bev_channels, 1, 1)
+        """stands for the features of an image"""
         if isinstance(network.fusion, EvidenceFusion):
             images = torch.zeros(1, len(CAMERAS), 3, config.input_height, config.input_width)
             with torch.no_grad():
                 bev = network.encode(images, example_projection(config), torch.zeros(1, len(CAMERAS)))
-            self._nothing = bev.mean((2, 3), keepdim=True)
+            self.nothing = bev.mean((2, 3), keepdim=True)
 
     @torch.no_grad()
     def __call__(self, latent: NDArray[np.int8], evidence: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -64,7 +65,7 @@ class Recall:
             cells = torch.cat([memory.latent * memory.evidence, memory.evidence], dim=1)
             found = map_to_ego(cells, pose, grid, origin, cell)
             weight = found[:, -1:]
-            bev = self._nothing.expand(-1, -1, *weight.shape[-2:])
+            bev = self.nothing.expand(-1, -1, *weight.shape[-2:])
             features = network.fusion.fuse(bev, found[:, :-1] / weight.clamp(min=1e-6), weight)
         else:
             state = torch.where(memory.evidence > 0, memory.latent, 0.0)
