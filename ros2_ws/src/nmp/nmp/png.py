@@ -16,6 +16,8 @@ from nmp.errors import NmpError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IDAT_BYTES = 1 << 16
+_ROWS = 64
+"""that are copied at a time"""
 
 
 class PngStream:
@@ -50,10 +52,12 @@ class PngStream:
         rows = len(strip)
         if strip.shape[1:] != (self._width, 3) or rows > self._left:
             raise ValueError(f"strip {strip.shape} for a picture {self._width} wide with {self._left} rows to come")
-        lines = np.zeros((rows, 1 + 3 * self._width), np.uint8)  # each row begins with its filter: 0, none
-        lines[:, 1:] = strip.reshape(rows, -1)
         self._left -= rows
-        self._pending += self._deflate.compress(lines.tobytes())
+        for start in range(0, rows, _ROWS):
+            piece = strip[start : start + _ROWS]
+            lines = np.zeros((len(piece), 1 + 3 * self._width), np.uint8)  # each row begins with its filter: 0, none
+            lines[:, 1:] = piece.reshape(len(piece), -1)
+            self._pending += self._deflate.compress(lines.tobytes())
         if len(self._pending) >= _IDAT_BYTES:
             self._flush()
 

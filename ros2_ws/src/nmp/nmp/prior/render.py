@@ -92,16 +92,14 @@ def write_picture(city: City, sheet: Sheet, path: Path, frame: Frame, step: Step
     Raises :class:`NmpError` when the file cannot be written or a tile cannot be read; no picture is left behind then.
     """
     width = max(frame.width, LEAST_MAP_WIDTH)
-    left = (width - frame.width) // 2
+    wide = frame._replace(left=frame.left - (width - frame.width) // 2, width=width)
     drives = f"{city.drives} drive{'s' if city.drives > 1 else ''}"
     head = sheet.legend(width, f"{city.name}, {drives}", map_zoom(width))
     foot = map_foot(width, frame.metres_per_pixel)
     with PngStream(path, width, len(head) + frame.height + len(foot)) as file:
         file.write(head)
-        for strip in _strips(city.chunks(), sheet, frame, step):
-            padded = np.full((len(strip), width, 3), INK, np.uint8)
-            padded[:, left : left + frame.width] = strip
-            file.write(padded)
+        for strip in _strips(city.chunks(), sheet, wide, step):
+            file.write(strip)
         file.write(foot)
 
 
