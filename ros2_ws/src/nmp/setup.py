@@ -8,7 +8,16 @@ setup(
     name=PACKAGE,
     version="0.1.0",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "weights/*.safetensors", "weights/*.json", "config/*.yaml", "config/*.xml"]},
+    package_data={
+        PACKAGE: [
+            "py.typed",
+            "weights/*.safetensors",
+            "weights/*.json",
+            "config/*.yaml",
+            "config/*.xml",
+            "prior/*.html",
+        ]
+    },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

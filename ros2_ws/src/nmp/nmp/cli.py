@@ -30,7 +30,7 @@ COMMANDS = {
     "map": Command("map a recorded drive, as fast as it goes, without DDS", "nmp.replay"),
     "eval": Command("score layers against the map expansion (IoU)", "nmp.evaluation"),
     "vectors": Command("make one vector map of a city from layers", "nmp.vectors.command"),
-    "prior": Command("look after a stored city: log, merge, roll back, compact, verify", "nmp.prior.commands"),
+    "prior": Command("look after a stored city: log, merge, roll back, compact, verify, draw", "nmp.prior.commands"),
     "truth": Command("draw ground-truth layers at any poses", "nmp.evaluation", "add_truth_arguments", "run_truth"),
 }
 

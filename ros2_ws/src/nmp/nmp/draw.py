@@ -42,6 +42,7 @@ TRACK: Colour = (250, 250, 210)
 
 CAR_LENGTH, CAR_WIDTH, REAR_OVERHANG = 4.6, 1.9, 1.0  # m; base_link is at the rear axle
 MOSAIC = (("cam_front_left", "cam_front", "cam_front_right"), ("cam_back_left", "cam_back", "cam_back_right"))
+LEAST_MAP_WIDTH = 760  # pixels: title and legend have to fit
 NEAREST_DRAWN_M = 2.0  # the car's own body would hide anything nearer
 
 
@@ -90,6 +91,40 @@ def legend(width: int, title: str = "", zoom: float = 1.0) -> Picture:
     return out
 
 
+@lru_cache(maxsize=8)
+def colour_table(name: str) -> Picture:
+    """Return one of matplotlib's colour maps as [256, 3], without its darkest fifth: that is the background's."""
+    return np.rint(matplotlib.colormaps[name](np.linspace(0.2, 1.0, 256))[:, :3] * 255).astype(np.uint8)
+
+
+def colour_legend(
+    width: int, title: str, caption: str, ticks: Sequence[tuple[float, str]], table: Picture, zoom: float = 1.0
+) -> Picture:
+    """Return a strip with a title on the left and a scale of colours on the right.
+
+    :param caption: what is measured, in which unit
+    :param ticks: where along the scale (0..1) which number stands
+    :param table: [256, 3] colours from 0 to 1, as of :func:`colour_table`
+    :param zoom: scales all of it
+    """
+    big, small, bar = round(15 * zoom), round(12 * zoom), round(220 * zoom)
+    out = np.full((round(44 * zoom), width, 3), INK, np.uint8)
+    middle, margin = out.shape[0] // 2, round(12 * zoom)
+    end = _write(out, title, margin, middle - round(0.6 * big), big, bold=True) if title else margin
+    text = round(_font(small, False).getlength(caption))
+    left = max(width - bar - 2 * margin, end + text + 3 * margin)
+    _write(out, caption, left - margin - text, middle - round(0.6 * small), small)
+    upper, lower = round(9 * zoom), round(21 * zoom)
+    columns = np.linspace(0, len(table) - 1, max(min(left + bar, width) - left, 0))
+    out[upper:lower, left : left + len(columns)] = table[np.rint(columns).astype(int)]
+    for where, number in ticks:
+        x = left + round(where * (bar - 1))
+        cv2.line(out, (x, lower), (x, lower + round(3 * zoom)), TEXT, 1)
+        half = _font(small, False).getlength(number) / 2
+        _write(out, number, round(min(x - half, width - 2 * half - 2)), lower + round(4 * zoom), small, FAINT)
+    return out
+
+
 def _shrink(picture: Picture, width: int, height: int) -> Picture:
     return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
@@ -100,12 +135,22 @@ def _ground(seen: NDArray[np.float32]) -> NDArray[np.float32]:
     return ink + (ground - ink) * seen[..., None]
 
 
+def opacity(layers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return how opaque (0..1) the colours of classes are that are so likely (0..1), arrays of any shape."""
+    # A soft threshold: noise below a quarter disappears, what counts as present (over a half) is nearly solid.
+    return np.clip((layers - np.float32(0.25)) / np.float32(0.35), 0.0, 1.0)
+
+
 def _paint(base: NDArray[np.float32], layers: NDArray[np.float32], strength: float = 1.0) -> Picture:
     """Lay the class colours over a picture [H, W, 3]; a colour is as opaque as its class is likely."""
+    return _blend(base, opacity(layers) * np.float32(strength))
+
+
+def _blend(base: NDArray[np.float32], opacities: NDArray[np.float32]) -> Picture:
+    """Lay the class colours over a picture [H, W, 3], each as opaque (0..1) as its plane of [3, H, W] says."""
     out = base
-    for name, layer in zip(CLASSES, layers, strict=True):
-        # A soft threshold: noise below a quarter disappears, what counts as present (over a half) is nearly solid.
-        alpha = np.clip((layer - 0.25) / 0.35, 0.0, 1.0)[..., None] * strength
+    for name, plane in zip(CLASSES, opacities, strict=True):
+        alpha = plane[..., None]
         out = out * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
     return np.rint(out).astype(np.uint8)
 
@@ -302,7 +347,7 @@ def comparison(frame: Frame, sides: Mapping[str, Layers], grid: BevGrid, *, came
 def film_sheet(strips: Sequence[Picture], title: str, captions: Sequence[str] = ()) -> Picture:
     """Stack film strips under a title and the legend, each under its caption."""
     width = max(s.shape[1] for s in strips)
-    zoom = _zoom(width)
+    zoom = map_zoom(width)
     parts = [legend(width, title, zoom)]
     for index, strip in enumerate(strips):
         if captions:
@@ -433,30 +478,57 @@ def _draw_way(picture: Picture, points: Array, thickness: int) -> None:
         cv2.circle(picture, (x, y), 3 * thickness + 1, TRACK, -1 if name == "start" else 2, cv2.LINE_AA)
 
 
-def _zoom(width: int) -> float:
+def coloured(opacities: NDArray[np.float32], seen: NDArray[np.float32]) -> Picture:
+    """Draw classes on the ground, each as opaque (0..1) as its plane of [3, H, W] says.
+
+    :param seen: [H, W] share (0..1) of each pixel that was ever seen
+    """
+    return _blend(_ground(seen), opacities)
+
+
+def shaded(values: NDArray[np.float32], seen: NDArray[np.float32], table: Picture) -> Picture:
+    """Draw values (0..1, [H, W]) in the colours of a table [256, 3], over the background where nothing was seen.
+
+    :param seen: [H, W] share (0..1) of each pixel that was ever seen
+    """
+    found = table[np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)]
+    ink = np.array(INK, np.float32)
+    return np.rint(ink + (found - ink) * seen[..., None]).astype(np.uint8)
+
+
+def map_zoom(width: int) -> float:
     """How much larger than usual the writing on a wide picture has to be, which is shown reduced."""
     return min(max(width / 1000, 1.0), 2.0)
 
 
-def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> Picture:
-    """Add the title with the legend above and the scale bar below; ``note`` tells of the way driven, if it is drawn."""
-    width = max(picture.shape[1], 760)
-    zoom = _zoom(width)
+def map_foot(width: int, resolution: float, note: str = "") -> Picture:
+    """Return the strip below a map: a scale bar for pixels of ``resolution`` m, and which way is north.
+
+    :param note: tells of the way driven, if it is drawn
+    """
+    zoom = map_zoom(width)
     foot = np.full((round(44 * zoom), width, 3), INK, np.uint8)
     middle, margin, size = foot.shape[0] // 2, round(14 * zoom), round(13 * zoom)
     top = middle - round(0.6 * size)
     # the longest round length that takes up to a quarter of the width
-    metres = max((m for m in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if m / resolution <= width / 4), default=5)
+    lengths = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+    metres = max((m for m in lengths if m / resolution <= width / 4), default=1)
     end = margin + round(metres / resolution)
     cv2.line(foot, (margin, middle), (end, middle), TEXT, 2)
     for x in (margin, end):
         cv2.line(foot, (x, middle - margin // 2), (x, middle + margin // 2), TEXT, 2)
-    x = _write(foot, f"{metres} m", end + margin, top, size)
+    x = _write(foot, f"{metres} m" if metres < 1000 else f"{metres // 1000} km", end + margin, top, size)
     x = _write(foot, "north is up", x + 2 * margin, top, size, FAINT) + 2 * margin
     if note:
         cv2.circle(foot, (x + margin // 2, middle), round(5 * zoom), TRACK, -1, cv2.LINE_AA)
         _write(foot, f"start of the way driven ({note})", x + round(1.3 * margin), top, size, FAINT)
+    return foot
+
+
+def _framed_map(picture: Picture, title: str, resolution: float, note: str) -> Picture:
+    """Add the title with the legend above and the scale bar below; ``note`` tells of the way driven, if it is drawn."""
+    width = max(picture.shape[1], LEAST_MAP_WIDTH)
     padded = np.full((picture.shape[0], width, 3), INK, np.uint8)
     left = (width - picture.shape[1]) // 2
     padded[:, left : left + picture.shape[1]] = picture
-    return _below([legend(width, title, zoom), padded, foot], 0)
+    return _below([legend(width, title, map_zoom(width)), padded, map_foot(width, resolution, note)], 0)

@@ -233,6 +233,11 @@ class CityPrior:
         records = self._state.records if self._state is not None else []
         return {name for record in records for name in record.recordings}
 
+    def places(self) -> NDArray[np.int64]:
+        """Return (row, column) of every committed tile as [N, 2]: small in memory, unlike a set of them."""
+        self._check_open()
+        return self._state.places() if self._state is not None else np.empty((0, 2), np.int64)
+
     def statistics(self) -> dict[str, int]:
         """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
         self._check_open()

@@ -76,6 +76,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     compact.add_argument("--keep", action="store_true", help="delete what was folded only at the next compaction")
 
+    render = action("render", "draw a city: its layers, evidence, age and traversals", _render)
+    render.add_argument(
+        "--out", type=Path, metavar="DIR|FILE.png", help="folder for one picture of each, or one picture"
+    )
+    render.add_argument(
+        "--web", type=Path, metavar="DIR", help="also, or instead: folder for a map to open in a browser"
+    )
+    render.add_argument(
+        "--layer",
+        nargs="+",
+        metavar="KIND",
+        help="layers, evidence, age, traversals (default: all; in one file: layers)",
+    )
+    render.add_argument(
+        "--metres-per-pixel", type=float, metavar="M", help="scale of the pictures (default: about 1600 pixels in all)"
+    )
+    render.add_argument(
+        "--weights", type=Path, metavar="FILE", help="that wrote the city (default: the shipped network)"
+    )
+
     verify = action("verify", "check every record and tile", _verify)
     verify.add_argument("--repair", action="store_true", help="mend what can be mended")
     verify.add_argument("--from", dest="other", metavar="CITY", help="another copy of the city to mend from")
@@ -213,6 +233,35 @@ def _compact(args: argparse.Namespace) -> None:
         return
     after = ledger.storage.size()
     print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives: {before / 1e6:.2f} MB became {after / 1e6:.2f} MB")
+
+
+def _render(args: argparse.Namespace) -> None:
+    if args.out is None and args.web is None:
+        raise NmpError("nowhere to draw to: give --out DIR, --out FILE.png or --web DIR")
+    one = args.out is not None and args.out.suffix.lower() == ".png"
+    from nmp.prior.render import frame_of, write_picture  # brings torch and matplotlib, which take their time
+    from nmp.prior.sheets import KINDS, City, sheets_of
+    from nmp.prior.web import prepare_folder, write_map
+
+    kinds = args.layer or (KINDS[:1] if one and args.web is None else KINDS)
+    if one and len(set(kinds)) > 1:
+        raise NmpError(f"--out {args.out} is one picture, not {len(set(kinds))}: give a folder, or one --layer")
+    with City(args.city) as city:
+        sheets = sheets_of(city, kinds, args.weights)
+        frame = frame_of(city, args.metres_per_pixel) if args.out is not None else None
+        if args.web is not None:
+            prepare_folder(args.web)
+        chunks = len(city.chunks())
+        if frame is not None:
+            for sheet in sheets:
+                path = args.out if one else args.out / f"{sheet.name}.png"
+                with _progress(chunks, "chunk", f"drawing {sheet.name}") as step:
+                    write_picture(city, sheet, path, frame, step)
+                print(f"wrote {path}: {frame.width} x {frame.height} pixels of {frame.metres_per_pixel:.3g} m")
+        if args.web is not None:
+            with _progress(chunks * len(sheets), "chunk", "drawing the map") as step:
+                tiles = write_map(city, sheets, args.web, step)
+            print(f"wrote {args.web / 'index.html'}: {tiles} pictures, open it in a browser")
 
 
 def _verify(args: argparse.Namespace) -> None:

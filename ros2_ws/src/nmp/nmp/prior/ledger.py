@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
@@ -336,9 +337,13 @@ class State:
 
     def keys(self) -> set[Key]:
         """Return all tiles."""
+        return {(row, col) for row, col in self.places().tolist()}
+
+    def places(self) -> NDArray[np.int64]:
+        """Return (row, column) of all tiles as [N, 2]."""
         packed = np.unique(self._keys)
         cols = (packed & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
-        return set(zip((packed >> 32).tolist(), cols.tolist(), strict=True))
+        return np.stack([packed >> 32, cols.astype(np.int64)], axis=1)
 
     def load(self, keys: Iterable[Key]) -> dict[Key, Cells]:
         """Return those of the tiles that exist. Damaged parts count as unknown, and are reported.
