@@ -184,11 +184,18 @@ class SimulatedGroups(Dataset[Group]):
         return self.make(int(self.world_of[chosen[-1]]), self.frame_of[chosen], rng)
 
     def make(
-        self, number: int, rows: NDArray[np.int64], rng: np.random.Generator, *, state: int | None = None
+        self,
+        number: int,
+        rows: NDArray[np.int64],
+        rng: np.random.Generator,
+        *,
+        state: int | None = None,
+        weather: str | None = None,
     ) -> Group:
         """Make a group of frames of world ``number``: ``rows`` [T] of its ``frames``, in the order of time.
 
         :param state: of the city; None: the one that each drive finds
+        :param weather: day, rain or night; None: drawn for each drive. All else stays the same
         """
         world = self.worlds[number]
         frames = world.frames[rows]
@@ -196,6 +203,8 @@ class SimulatedGroups(Dataset[Group]):
         drives, drive = np.unique(frames[:, 3].astype(np.int64), return_inverse=True)
         rigs = [log_rig(str(rng.choice(["n008", "n015"])), int(rng.integers(2**31))) for _ in drives]
         words = [str(w) for w in rng.choice(list(MIX), len(drives), p=list(MIX.values()))]
+        if weather is not None:
+            words = [weather] * len(drives)
         seed = int(rng.integers(2**62))
         each = Weather.sample(len(drives), torch.Generator().manual_seed(seed), words)
         turn = rng.uniform(-1, 1, len(frames)) * self.turn_rad

@@ -19,8 +19,8 @@ from nmp.model.runner import prepare, read_quantized
 CELL_PX = 2
 """pixels of the decoded layers along each edge of a cell"""
 REACH = 32
-"""cells of the features from which nothing further away can be felt by the convolutions; a multiple of four, because the
-fusion also looks at every fourth cell"""
+"""cells of the features from which nothing further away can be felt by the convolutions; a multiple of four, because
+the fusion also looks at every fourth cell"""
 
 
 class Recall:
