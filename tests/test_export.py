@@ -59,17 +59,6 @@ def test_values_beyond_half_precision_are_kept(tmp_path: Path) -> None:
     assert isinstance(kept, torch.Tensor) and kept[0] == 1e6
 
 
-def test_files_from_before_the_fusion_was_a_module_load(network: BEVNetwork, tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_network(network, path, {})
-    state = load_file(path)
-    former = {n.replace("fusion.prior_", "decoder.prior_").replace("fusion.", ""): v.clone() for n, v in state.items()}
-    assert {"latent.weight", "weight.bias", "decoder.prior_mix.conv1.0.weight"} <= set(former)
-    save_file(former, path)
-    again = load_network(path)[0].state_dict()
-    assert all(torch.equal(again[name], value.to(again[name].dtype)) for name, value in state.items())
-
-
 def test_weights_that_do_not_fit_are_refused(network: BEVNetwork, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_network(network, path, {})
@@ -85,7 +74,7 @@ def test_weights_that_do_not_fit_are_refused(network: BEVNetwork, tmp_path: Path
     expect("unknown key", network={**good["network"], "attention": True})
     expect("must be int", network={**good["network"], "bev_channels": "24"})
     expect("no network configuration", network=None)
-    expect("format 2", format_version=2)
+    expect("format 1", format_version=1)
     expect("does not describe", format="other")
     expect("trained for classes", classes=["lane"])
     sidecar.write_text(json.dumps(good))

@@ -199,7 +199,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the layers, one a keyframe")
     parser.add_argument("--prior", type=Path, metavar="DIR", help="stored city prior: read, and updated by this drive")
     parser.add_argument("--no-prior", action="store_true", help="every frame on its own; nothing is read or stored")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help=".safetensors file (default: the shipped network)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors file, or cpu_default (which it is without) or gpu_default",
+    )
     parser.add_argument("--location", default="", help="the city, if the bag names none (e.g. boston-seaport)")
     parser.add_argument("--bev", action="store_true", help="also write a picture per keyframe to DIR/bev")
     parser.add_argument(

@@ -20,11 +20,9 @@ from nmp.model.config import NetworkConfig
 from nmp.model.network import BEVNetwork
 
 FORMAT = "nmp-weights"
-FORMAT_VERSION = 1
-DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cpu_default.safetensors"
-
-_FORMER_NAMES = {"latent.": "fusion.latent.", "weight.": "fusion.weight.", "decoder.prior_": "fusion.prior_"}
-"""beginnings of tensor names in files from before the fusion was a module, and what they are now"""
+FORMAT_VERSION = 2
+SHIPPED = Path(__file__).parent.parent / "weights"
+DEFAULT_WEIGHTS = SHIPPED / "cpu_default.safetensors"
 
 
 def save_network(
@@ -128,21 +126,29 @@ def fill(network: BEVNetwork, state: dict[str, Tensor], *, misfit: str, remedy: 
     network.load_state_dict({n: v.to(expected[n].dtype) for n, v in state.items()})
 
 
-def load_network(path: Path | None = None, device: torch.device | str = "cpu") -> tuple[BEVNetwork, str]:
+def weights_file(given: Path | str | None) -> Path:
+    """Return the file that is meant: None for the default, the name of shipped weights (``gpu_default``), or a path."""
+    if given is None:
+        return DEFAULT_WEIGHTS
+    shipped = SHIPPED / f"{given}.safetensors"
+    return shipped if shipped.parent == SHIPPED and shipped.is_file() else Path(given).expanduser()
+
+
+def load_network(path: Path | str | None = None, device: torch.device | str = "cpu") -> tuple[BEVNetwork, str]:
     """Load a network in float32, in evaluation mode, and return it with its fingerprint.
 
     The fingerprint (hex digest of weights and configuration, as they are on disk) names the model in every prior
-    that it writes. ``None`` loads the weights that come with nmp. Raises :class:`NmpError` for anything that is not a
-    complete, matching pair of files.
+    that it writes. ``None`` loads the weights that come with nmp, see :func:`weights_file`. Raises :class:`NmpError`
+    for anything that is not a complete, matching pair of files.
 
     :param device: where the network shall be
     """
-    path = Path(path) if path is not None else DEFAULT_WEIGHTS
+    path = weights_file(path)
     description = read_description(path)
     config = NetworkConfig.from_dict(description["network"])
     data = path.read_bytes()
     try:
-        state = {_present_name(name): value for name, value in load_tensors(data).items()}
+        state = load_tensors(data)
     except SafetensorError as error:
         raise NmpError(f"{path} is not a readable safetensors file ({error}): copy it again") from error
     network = BEVNetwork(config)
@@ -158,10 +164,3 @@ def load_network(path: Path | None = None, device: torch.device | str = "cpu") -
     # As it is in the file: a key that a later nmp adds must not orphan the priors of earlier weights.
     digest.update(json.dumps(description["network"], sort_keys=True).encode())
     return network, digest.hexdigest()[:16]
-
-
-def _present_name(name: str) -> str:
-    for former, present in _FORMER_NAMES.items():
-        if name.startswith(former):
-            return present + name[len(former) :]
-    return name
