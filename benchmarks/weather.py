@@ -1,7 +1,7 @@
 """How much a network loses in rain and at night: the same frames of held-out cities, rendered in each weather.
 
     python benchmarks/weather.py --out weather.json
-    python benchmarks/weather.py --weights ros2_ws/src/nmp/nmp/weights/gpu_default.safetensors --frames 96
+    python benchmarks/weather.py --weights gpu_default --frames 96
 
 Streets, traffic, cameras and the pose of the car are those of one frame in all its renderings, so the differences are
 those of the weather alone; nothing is remembered from frame to frame. IoU in percent in the published protocol.

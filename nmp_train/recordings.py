@@ -113,7 +113,7 @@ def read_samples(dataroot: Path, version: str, scenes: Sequence[str] | None = No
             f"{folder} does not hold the tables of a nuScenes data set ({error!r}): unpack it again"
         ) from error
     if not out:
-        raise NmpError(f"{folder} has no keyframe with all six cameras in the scenes to train on: choose other scenes")
+        raise NmpError(f"{folder} has no keyframe with all six cameras in the scenes that were chosen: choose others")
     return sorted(out, key=lambda s: (s.scene, s.anchor.stamp_ns))
 
 
