@@ -78,8 +78,8 @@ def _sim(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise NmpError(f"--seed {arguments.seed} is out of range: choose 0 or more")
     noisy = arguments.pose_noise is not None or arguments.yaw_noise is not None
-    if arguments.plan and (arguments.only or arguments.sweeps or noisy):
-        raise NmpError("--plan draws no images: leave out --only, --sweeps, --pose-noise and --yaw-noise")
+    if arguments.plan and (arguments.only or arguments.sweeps or noisy or arguments.flat_roads):
+        raise NmpError("--plan draws no images: leave out --only, --sweeps, --pose-noise, --yaw-noise and --flat-roads")
 
     from nmp_train.sim import make
     from nmp_train.sim.localisation import LocalisationNoise
@@ -93,6 +93,7 @@ def _sim(arguments: argparse.Namespace) -> None:
         sweeps=arguments.sweeps,
         device=arguments.device,
         localisation=noise,
+        slopes=not arguments.flat_roads,
         only=tuple(arguments.only or ()),
     )
     # What is not given stays as the maker has it.
@@ -180,6 +181,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         const=0.01,
         metavar="RAD",
         help="the same for its heading, rad (alone: 0.01)",
+    )
+    look.add_argument(
+        "--flat-roads",
+        action="store_true",
+        help="the car knows exactly how it stands on the road; otherwise to 0.3 degrees: roads have slopes and bumps",
     )
 
     images = sim.add_argument_group("images")

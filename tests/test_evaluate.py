@@ -126,6 +126,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         image_size=(160, 90),
         seed=4,
         tilt=False,
+        slopes=False,
         progress=False,
         changes={BOSTON: changes},
         localisation=LocalisationNoise(0.6, 0.02),

@@ -91,7 +91,7 @@ def black(*args: Any, size: tuple[int, int], **kwargs: Any) -> NDArray[np.uint8]
     return np.zeros((6, size[1], size[0], 3), np.uint8)
 
 
-def write(out: Path, city: dict[str, Any], localisation: LocalisationNoise | None) -> Path:
+def write(out: Path, city: dict[str, Any], localisation: LocalisationNoise | None, slopes: bool = False) -> Path:
     route = max(sample_routes(city, 2, 4, 2.0, 10.0), key=lambda r: np.ptp(r.poses_xyyaw[:, 0]))
     return write_dataset(
         out,
@@ -102,6 +102,7 @@ def write(out: Path, city: dict[str, Any], localisation: LocalisationNoise | Non
         seed=3,
         progress=False,
         localisation=localisation,
+        slopes=slopes,
     )
 
 
@@ -117,6 +118,18 @@ def table(root: Path, name: str) -> Any:
 def matrix(row: dict[str, Any]) -> NDArray[np.float64]:
     w, x, y, z = row["rotation"]
     return transform_from(np.array(row["translation"]), np.array([x, y, z, w]))
+
+
+def test_the_car_does_not_know_of_slopes(boston: dict[str, Any], tmp_path: Path) -> None:
+    uneven, flat = (write(tmp_path / name, boston, None, name == "uneven") for name in ("uneven", "flat"))
+    truth, believed = table(uneven, "ego_pose"), table(uneven, "ego_pose_estimate")
+    assert [matrix(r).tolist() for r in believed] == [matrix(r).tolist() for r in table(flat, "ego_pose")]
+    turns = [np.linalg.inv(matrix(b)) @ matrix(t) for b, t in zip(believed, truth, strict=True)]
+    pitch_roll_yaw = np.degrees([Rotation.from_matrix(t[:3, :3]).as_euler("YXZ") for t in turns])
+    assert 0.05 < np.sqrt((pitch_roll_yaw[:, :2] ** 2).mean()) < 0.9
+    assert np.abs(pitch_roll_yaw[:, 2]).max() < 1e-6 and max(np.abs(t[:3, 3]).max() for t in turns) < 1e-9
+    spread = np.sqrt(np.diag(np.reshape(believed[0]["covariance"], (6, 6))))
+    np.testing.assert_allclose(np.degrees(spread), [0, 0, 0, 0.31, 0.31, 0], atol=0.01)
 
 
 def test_the_data_set_keeps_the_truth_and_tells_the_belief(root: Path, boston: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -114,17 +115,18 @@ def write_dataset(
 
     ``render`` is one call, or one per location; a drive may bring its own. Images have ``image_size`` (width, height);
     they are rendered at ``render_scale`` of it and enlarged. With ``sweeps``, the 12 Hz images between the 2 Hz samples
-    are written too. ``tilt`` lets the car pitch and roll by up to about a degree, as its pose tells; ``slopes`` lets it
-    do so once more, against the road under it, as no pose tells. The folder appears under its name only when it is
-    complete.
+    are written too. ``tilt`` lets the car pitch and roll by up to about a degree. The folder appears under its name
+    only when it is complete.
 
     :param calibration_jitter: every log has cameras of its own, as each nuScenes log was calibrated anew; otherwise
         every car has those of :func:`nuscenes_rig`
-    :param changes: by location: written as change logs, and the traffic of a drive moves in the map of its date.
-        ``cities`` is the state before all changes. Painting the changed ground is up to ``render``
-    :param localisation: also write ``<version>/ego_pose_estimate.json``: what the car believed its poses to be, one row
+    :param slopes: roads are not flat: the car pitches and rolls against them as much again, and does not know it. This
+        and ``localisation`` bring ``<version>/ego_pose_estimate.json``: what the car believed its poses to be, one row
         per ego_pose token with translation, rotation and covariance (6 x 6 row by row, x y z roll pitch yaw).
         ego_pose.json and the annotations hold the truth in any case
+    :param changes: by location: written as change logs, and the traffic of a drive moves in the map of its date.
+        ``cities`` is the state before all changes. Painting the changed ground is up to ``render``
+    :param localisation: how wrong the car is about its poses otherwise
     :param splits: written as ``<version>/splits.json``: scene names by name of the split
     :param only: write these scenes (names) alone, exactly as they are in the whole set
     """
@@ -325,17 +327,17 @@ class _SceneWriter:
             # The devkit interpolates boxes between the sample before and the one that an image belongs to.
             owner = samples[int(np.searchsorted(keys, t - 1e-6))]
             shots = [t + FIRING_OFFSET_MS[c.name] / 1000 for c in self.cameras]
-            poses = [sway.pose(trajectory.at(base + s), s) for s in shots]
-            seen_from = [pose @ road.tilt(s) for pose, s in zip(poses, shots, strict=True)]
-            images = self._draw(t, seen_from, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
-            for camera, calibration, s, pose, image in zip(
-                self.cameras, calibrations, shots, poses, images, strict=True
+            as_if_flat = [sway.pose(trajectory.at(base + s), s) for s in shots]
+            poses = [pose @ road.tilt(s) for pose, s in zip(as_if_flat, shots, strict=True)]
+            images = self._draw(t, poses, (seed * 1000 + scene.index) * SEEDS_PER_DRIVE + k)
+            for camera, calibration, s, pose, known, image in zip(
+                self.cameras, calibrations, shots, poses, as_if_flat, images, strict=True
             ):
                 stamp, channel = scene.stamp_us(s), camera.name.upper()
                 folder = "samples" if is_key else "sweeps"
                 filename = f"{folder}/{channel}/{scene.logfile}__{channel}__{stamp}.jpg"
                 pose_token = tables.add_pose(f"{scene.name}:{channel}:{stamp}", stamp, pose)
-                driven.append((pose_token, stamp, pose))
+                driven.append((pose_token, stamp, known))
                 tables.add(
                     "sample_data",
                     f"{scene.name}:{channel}:{stamp}",
@@ -356,10 +358,13 @@ class _SceneWriter:
             yield
         for future in written:
             future.result()
-        if localisation is not None:
-            tokens, stamps, truth = zip(*driven, strict=True)
+        if slopes or localisation is not None:
+            tokens, stamps, known_poses = zip(*driven, strict=True)
             seconds = (np.array(stamps) - scene.start_us) / 1e6
-            believed, covariance = localisation.apply(seconds, np.stack(truth), (seed, scene.index))
+            noise = localisation or LocalisationNoise(0.0, 0.0)
+            believed, covariance = noise.apply(seconds, np.stack(known_poses), (seed, scene.index))
+            if slopes:
+                covariance = covariance + np.diag(np.square([0.0, 0.0, 0.0, SWAY_RAD, SWAY_RAD, 0.0]))
             for token, stamp, pose in zip(tokens, stamps, believed, strict=True):
                 tables.add_pose_estimate(token, stamp, pose, covariance)
         tables.add(
@@ -408,6 +413,10 @@ def _save(path: Path, rgb: NDArray[np.uint8], size: tuple[int, int]) -> None:
         image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
     if not cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
         raise NmpError(f"cannot write {path}: is the disk full?")
+
+
+SWAY_RAD = math.radians(0.22 * math.sqrt(2))
+"""standard deviation of a :class:`_Sway`: four waves, whose amplitudes have one of 0.22 degrees"""
 
 
 class _Sway:

@@ -57,7 +57,9 @@ class Output:
     device: str | None = None
     """cuda or cpu; None: cuda where there is one"""
     localisation: LocalisationNoise | None = None
-    """what the car knows of its pose; None: everything"""
+    """what the car knows of its pose; None: everything but the slopes"""
+    slopes: bool = True
+    """roads are not flat, see :func:`nmp_train.sim.dataset.write_dataset`"""
     only: tuple[str, ...] = ()
     """write these scenes alone, exactly as they are in the whole set; empty: all"""
 
@@ -190,6 +192,7 @@ def _write(
         render_scale=output.render_scale,
         changes=changes,
         localisation=output.localisation,
+        slopes=output.slopes,
         splits=splits,
         only=output.only or None,
     )
