@@ -34,6 +34,13 @@ class Cells:
     def nbytes(self) -> int:
         return (len(self.latent) + FIELD_PLANES) * TILE * TILE
 
+    def copy(self) -> Cells:
+        """Return a copy."""
+        cells = Cells(0)
+        cells.latent, cells.evidence = self.latent.copy(), self.evidence.copy()
+        cells.last_seen_s, cells.traversals = self.last_seen_s.copy(), self.traversals.copy()
+        return cells
+
     def pack(self) -> NDArray[np.uint8]:
         """Return a copy as bytes [channels + 8, 64, 64]; numbers of several bytes begin with the lowest."""
         channels = len(self.latent)

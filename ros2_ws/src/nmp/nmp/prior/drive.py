@@ -35,7 +35,12 @@ _SUM_PLANES = 3
 
 
 class Tile:
-    """A tile in memory: the state of its cells, and what the own drive has added to them."""
+    """A tile in memory: the state of its cells, and what the own drive has added to them.
+
+    A frame adds ``latent x evidence`` of the cell after it minus that before it. Over the frames of a drive these
+    differences add up to that of its last state and its first, and nothing has to be added up per frame; only what
+    the cap cuts off the evidence between two frames is kept apart (``carry``).
+    """
 
     def __init__(self, cells: Cells, spec: PriorSpec) -> None:
         self.cells = cells
@@ -44,15 +49,18 @@ class Tile:
         """[64, 64] cells that the own drive saw; None: none"""
         self.weight: NDArray[np.float32] = np.empty(0, np.float32)
         """[64, 64] sum of the weights of its frames"""
-        self.sums: NDArray[np.float32] = np.empty(0, np.float32)
-        """[channels, 64, 64] sum of weight x latent; float32 holds these whole numbers below 2^24 exactly"""
+        self.before: Cells | None = None
+        """the cells before the own drive; None: empty"""
+        self.carry: NDArray[np.int32] | None = None
+        """[channels, 64, 64] sum of weight x latent beyond what the states before and now tell; None: zero"""
         self.edits = 0
         """counts the changes, to tell whether a tile changed while it was being saved"""
 
     @property
     def nbytes(self) -> int:
-        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes + self.sums.nbytes
-        return self.cells.nbytes + own
+        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes
+        own += 0 if self.before is None else self.before.nbytes
+        return self.cells.nbytes + own + (0 if self.carry is None else self.carry.nbytes)
 
     def begin(self) -> None:
         """Make room for what the own drive adds."""
@@ -60,7 +68,7 @@ class Tile:
             self.touched = np.zeros((TILE, TILE), bool)
             if self.spec.merge == "sum":
                 self.weight = np.zeros((TILE, TILE), np.float32)
-                self.sums = np.zeros((self.spec.channels, TILE, TILE), np.float32)
+                self.before = self.cells.copy() if self.cells.evidence.any() else None
 
     def store(
         self,
@@ -79,16 +87,19 @@ class Tile:
         assert self.touched is not None
         cells = self.cells
         old = cells.latent[:, where[0], where[1]]
+        stored = np.minimum(evidence, self.spec.evidence_cap)
+        new = changed
         if self.spec.merge == "sum":
-            self._add(where, latent, evidence, changed)
-        if changed.all():
+            new = changed & (evidence > cells.evidence[where])
+            self._add(where, latent, evidence, stored, new)
+        if new.all():
             old[...] = latent
         else:
             # old ^ (old ^ new) & mask: five times faster than a masked copy
             difference = old ^ latent
-            difference &= -changed.view(np.int8)
+            difference &= -new.view(np.int8)
             old ^= difference
-        np.copyto(cells.evidence[where], np.minimum(evidence, self.spec.evidence_cap), where=changed)
+        np.copyto(cells.evidence[where], stored, where=new)
         np.copyto(cells.last_seen_s[where], np.uint32(seconds), where=changed)
         first = changed & ~self.touched[where]
         cells.traversals[where] += first & (cells.traversals[where] < 65535)
@@ -100,26 +111,43 @@ class Tile:
         where: tuple[slice, slice],
         latent: NDArray[np.int8],
         evidence: NDArray[np.uint16],
-        changed: NDArray[np.bool_],
+        stored: NDArray[np.uint16],
+        new: NDArray[np.bool_],
     ) -> None:
-        before = self.cells.evidence[where].astype(np.float32)
-        after = evidence.astype(np.float32)
-        added = after - before
-        # nothing without a weight; nothing beyond what 16 bits count
-        adds = changed & (added > 0) & (self.weight[where] + added <= 65535)
-        self.weight[where] += added * adds
+        """Count the weight of a frame in the cells ``new``, which are about to hold ``latent`` and ``stored``."""
+        old = self.cells.evidence[where]
+        weight = self.weight[where] + (evidence - old) * new
+        over = weight > 65535
+        if over.any():  # nothing is added beyond what 16 bits count: take back what the states before and after tell
+            self._carry(where, self.cells.latent[:, where[0], where[1]], np.where(over, old, 0).astype(np.int32))
+            self._carry(where, latent, -np.where(over, stored, 0).astype(np.int32))
+            new = new & ~over
+        np.copyto(self.weight[where], weight, where=new)
+        cut = (evidence - stored) * new
+        if cut.any():
+            self._carry(where, latent, cut.astype(np.int32))
+
+    def _carry(self, where: tuple[slice, slice], latent: NDArray[np.int8], factor: NDArray[np.int32]) -> None:
         # twice as fast as numpy; imported here because the commands of a prior need none of it
         import torch
 
-        old = self.cells.latent[:, where[0], where[1]]
-        sums = torch.from_numpy(self.sums[:, where[0], where[1]])
-        plus, minus = torch.from_numpy(after * adds), torch.from_numpy(before * adds)
+        if self.carry is None:
+            self.carry = np.zeros((self.spec.channels, TILE, TILE), np.int32)
+        carry, times = torch.from_numpy(self.carry[:, where[0], where[1]]), torch.from_numpy(factor)
         # in pieces that torch leaves to one thread: it would wait for others that the network keeps busy
-        step = max(1, (_ONE_THREAD - 1) // adds.size)
-        for start in range(0, len(sums), step):
+        step = max(1, (_ONE_THREAD - 1) // factor.size)
+        for start in range(0, len(latent), step):
             part = slice(start, start + step)
-            new = torch.from_numpy(latent[part]).float()
-            sums[part].addcmul_(new, plus).addcmul_(torch.from_numpy(old[part]).float(), minus, value=-1)
+            carry[part].addcmul_(torch.from_numpy(latent[part]).int(), times)
+
+    def sums(self) -> NDArray[np.int32]:
+        """Return the sum [channels, 64, 64] of weight x latent over the frames of the own drive."""
+        total: NDArray[np.int32] = np.multiply(self.cells.latent, self.cells.evidence, dtype=np.int32)
+        if self.before is not None:
+            total -= np.multiply(self.before.latent, self.before.evidence, dtype=np.int32)
+        if self.carry is not None:
+            total += self.carry
+        return total
 
     def contribution(self) -> Cells:
         """Return what the own drive adds to the city, as it is committed."""
@@ -133,19 +161,28 @@ class Tile:
             latent = self.cells.latent
         else:
             own.evidence[...] = self.weight
-            mean = (self.sums / np.maximum(self.weight, 1)).clip(-128, 127)
+            # both are whole numbers below 2^24, which float32 holds exactly
+            mean = (self.sums().astype(np.float32) / np.maximum(self.weight, 1)).clip(-128, 127)
             latent = np.rint(mean, out=mean).astype(np.int8)
         own.latent[...] = on_grid(latent, self.spec.bits)
         own.latent *= own.evidence > 0
         return own
 
+    def copy(self) -> Tile:
+        """Return what :meth:`pack` needs, which later changes leave as it is."""
+        tile = Tile(self.cells.copy(), self.spec)
+        assert self.touched is not None
+        tile.touched, tile.weight, tile.before = self.touched.copy(), self.weight.copy(), self.before
+        tile.carry = None if self.carry is None else self.carry.copy()
+        return tile
+
     def pack(self) -> Planes:
-        """Return a copy as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
+        """Return a tile as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
         assert self.touched is not None
         parts = [self.cells.pack(), self.touched[None].view(np.uint8)]
         if self.spec.merge == "sum":
             parts.append(to_planes(self.weight.astype("<u2")))
-            sums = self.sums.astype("<i4").view(np.uint8).reshape(-1, TILE, TILE, 4)
+            sums = self.sums().astype("<i4", copy=False).view(np.uint8).reshape(-1, TILE, TILE, 4)
             parts.extend(np.moveaxis(sums[..., :_SUM_PLANES], -1, 0))
         return np.concatenate(parts)
 
@@ -161,7 +198,8 @@ class Tile:
             sums = np.zeros((spec.channels, TILE, TILE, 4), np.uint8)
             # into the upper bytes, and back by a shift that keeps the sign
             sums[..., 1:] = np.moveaxis(planes[end + 3 :].reshape(_SUM_PLANES, -1, TILE, TILE), 0, -1)
-            tile.sums = (sums.view("<i4")[..., 0] >> 8).astype(np.float32)
+            # what was before the drive is not saved: from here on its states are compared to those of now
+            tile.carry = sums.view("<i4")[..., 0] >> 8
         return tile
 
 
