@@ -116,11 +116,17 @@ def test_fold_is_the_weighted_mean_and_the_newest() -> None:
     new.latent[:, 0, 0], new.evidence[0, 0], new.last_seen_s[0, 0], new.traversals[0, 0] = -50, 10, 5, 1
     total, latest = Cells.unpack(state.pack()), Cells.unpack(state.pack())
     fold(total, new, PriorSpec(2, 0.3, "x", evidence_cap=35))
-    assert total.latent[:, 0, 0].tolist() == [62, 62]  # (100 * 30 - 50 * 10) / 40 = 62.5, to even
-    assert (total.evidence[0, 0], total.last_seen_s[0, 0], total.traversals[0, 0]) == (35, 9, 65535)
+    # they contradict each other: of the 30, twice 10 are taken back
+    assert total.latent[:, 0, 0].tolist() == [25, 25]  # (100 * 10 - 50 * 10) / 20
+    assert (total.evidence[0, 0], total.last_seen_s[0, 0], total.traversals[0, 0]) == (20, 9, 65535)
     fold(latest, new, PriorSpec(2, 0.3, "x", merge="latest"))
     assert latest.latent[:, 0, 0].tolist() == [-50, -50] and latest.evidence[0, 0] == 10
     assert not total.latent[:, 1:].any() and not latest.latent[:, 1:].any()
+    agreeing = Cells.unpack(state.pack())
+    new.latent[:, 0, 0] = 78
+    fold(agreeing, new, PriorSpec(2, 0.3, "x", evidence_cap=35))
+    assert agreeing.latent[:, 0, 0].tolist() == [94, 94]  # (100 * 30 + 78 * 10) / 40 = 94.5, to even
+    assert agreeing.evidence[0, 0] == 35
 
 
 @pytest.mark.parametrize("place", ["folder", "memory://"])
