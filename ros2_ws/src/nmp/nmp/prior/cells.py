@@ -107,13 +107,17 @@ def contradiction(a: NDArray[np.int8], b: NDArray[np.int8], bits: int) -> NDArra
     bit: sums are of whole numbers, the rest is done cell by cell.
     """
     x, y = a.astype(np.int32), b.astype(np.int32)
-    lengths = (x * x + y * y).sum(axis=0).astype(np.float32)
+    lengths = _squares(x) + _squares(y)
     x -= y
-    x *= x
     step = np.float32(254 / (2**bits - 1))
-    apart = np.maximum(x.sum(axis=0).astype(np.float32) - np.float32(len(a)) * step * step / np.float32(6), 0)
+    apart = np.maximum(_squares(x) - np.float32(len(a)) * step * step / np.float32(6), 0)
     share = apart / np.maximum(lengths, 1)
     return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
+
+
+def _squares(values: NDArray[np.int32]) -> NDArray[np.float32]:
+    sums: NDArray[np.int32] = np.einsum("cij,cij->ij", values, values)
+    return sums.astype(np.float32)
 
 
 # -- as bytes -----------------------------------------------------------------------------------------------
