@@ -280,7 +280,7 @@ class OpenDrive:
         Raises :class:`NmpError` when it cannot be written: it stays as it is, for the next who opens the city.
         """
         record = None
-        if self.saved:
+        if self._holds_anything():
             seconds: list[int] = []
 
             def make(keys: list[Key]) -> dict[Key, Cells]:
@@ -305,6 +305,10 @@ class OpenDrive:
         self._forget()
         return record
 
+    def _holds_anything(self) -> bool:
+        """Tell whether any saved tile is intact."""
+        return any(self.load([key]) for key in sorted(self.saved))
+
     def release(self) -> None:
         """Let the next who opens the city commit it."""
         if self._lock is not None:
@@ -312,7 +316,11 @@ class OpenDrive:
 
     def _forget(self) -> None:
         if self._lock is not None:
-            self.storage.clear()
+            # What is committed must not be found again in part: it would count as another drive. Elsewhere than in a
+            # folder it goes piece by piece, and without this nobody counts the rest.
+            if self.storage.local is None:
+                self.storage.delete(SESSION)
+            self.storage.discard()
             self._lock.release()
 
     # -- after a crash ----------------------------------------------------------------------------------------
@@ -324,6 +332,7 @@ class OpenDrive:
         Raises :class:`NmpError` when one cannot be written.
         """
         found = []
+        ledger.storage.below(OPEN).sweep()
         for name in ledger.storage.below(OPEN).children():
             drive = cls(ledger, "", name)
             try:
@@ -356,5 +365,6 @@ class OpenDrive:
         except (ValueError, KeyError, TypeError) as error:
             if raw is not None:
                 self.ledger.tell(f"{self.storage.name}/{SESSION}", f"is damaged ({error}): the vehicle is unknown")
-        self.saved = self._tiles.keys()
+        committed = raw is None and self.storage.local is None
+        self.saved = set() if committed else self._tiles.keys()
         return True
