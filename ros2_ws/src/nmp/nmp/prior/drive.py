@@ -27,6 +27,8 @@ SESSION = "session.json"
 LOCK = "lock"
 _LEASE_S = 900.0
 """where there are no locks (s3://, ...), a drive that was not saved for so long is over, s"""
+_ATTEMPTS = 20
+"""to lock the folder of a new drive"""
 _ONE_THREAD = 32768
 """elements from which torch spreads an operation over threads"""
 _WEIGHT_PLANES = 2
@@ -248,12 +250,15 @@ class OpenDrive:
             self._lock.release()
             self._lock = None
         self.saved.clear()
-        # locked before there is anything to see, so that nobody takes it for what a crash left
-        lock = Lock(self.storage, LOCK, wait=False)
-        if not lock.held:
-            raise NmpError("another process looks at it: saving is tried again")
-        self._lock = lock
-        self._describe()
+        # Locked before there is anything to see, so that nobody takes it for what a crash left. Who looks into the
+        # empty folder just before that removes it.
+        for _ in range(_ATTEMPTS):
+            lock = Lock(self.storage, LOCK, wait=True)
+            if lock.held:
+                self._lock = lock
+                self._describe()
+                return
+        raise NmpError("other processes keep removing its folder: saving is tried again")
 
     def _describe(self) -> None:
         content: dict[str, Any] = {"vehicle": self.vehicle, "first_ns": self.first_ns}
