@@ -201,7 +201,7 @@ class CityPrior:
             self._save_or_raise()
         with self._guard:
             self._check_open()  # again: it may have been closed meanwhile
-            touched = [block.cropped(mask) for block in blocks(window) if mask[block.in_window].any()]
+            touched = [part for block in blocks(window) if (part := block.cropped(mask))]
             resident = self._resident(block.key for block in touched)
             if touched and drive.first_ns is None:
                 drive.first_ns = int(stamp_ns)
@@ -211,8 +211,8 @@ class CityPrior:
                     tile = Tile(Cells(self.spec.channels), self.spec)
                     self._cache.put(block.key, tile)
                 rows, cols = block.in_window
-                part = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
-                tile.store(block.in_tile, *part)
+                values = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
+                tile.store(block.in_tile, *values)
                 self._cache.mark_dirty(block.key)
             self._cache.shrink()
             error, self._error = self._error, None

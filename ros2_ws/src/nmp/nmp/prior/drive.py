@@ -16,7 +16,7 @@ from nmp.prior.cells import FIELD_PLANES, Cells, from_planes, on_grid, to_planes
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
-from nmp.prior.tiles import TILE, Key
+from nmp.prior.tiles import TILE, Key, box_of, part_of
 from nmp.prior.tileset import Planes, TileSet
 from nmp.prior.window import PriorSpec
 
@@ -92,7 +92,8 @@ class Tile:
         stored = np.minimum(evidence, self.spec.evidence_cap)
         new = changed
         if self.spec.merge == "sum":
-            new = changed & (evidence > cells.evidence[where])
+            new = evidence > cells.evidence[where]
+            new &= changed
             self._add(where, latent, evidence, stored, new)
         if new.all():
             old[...] = latent
@@ -104,8 +105,9 @@ class Tile:
         np.copyto(cells.evidence[where], stored, where=new)
         np.copyto(cells.last_seen_s[where], np.uint32(seconds), where=changed)
         first = changed & ~self.touched[where]
-        cells.traversals[where] += first & (cells.traversals[where] < 65535)
-        self.touched[where] |= changed
+        if first.any():
+            cells.traversals[where] += first & (cells.traversals[where] < 65535)
+            self.touched[where] |= first
         self.edits += 1
 
     def _add(
@@ -118,29 +120,35 @@ class Tile:
     ) -> None:
         """Count the weight of a frame in the cells ``new``, which are about to hold ``latent`` and ``stored``."""
         old = self.cells.evidence[where]
-        weight = self.weight[where] + (evidence - old) * new
-        over = weight > 65535
-        if over.any():  # nothing is added beyond what 16 bits count: take back what the states before and after tell
-            self._carry(where, self.cells.latent[:, where[0], where[1]], np.where(over, old, 0).astype(np.int32))
+        added = evidence - old
+        added *= new
+        weight = self.weight[where]
+        weight += added
+        if weight.max() > 65535:  # what 16 bits count; beyond, take back what the states before and after tell
+            over = weight > 65535
+            weight -= added * over
+            self._carry(where, self.cells.latent[:, where[0], where[1]], np.where(over, old, 0))
             self._carry(where, latent, -np.where(over, stored, 0).astype(np.int32))
             new = new & ~over
-        np.copyto(self.weight[where], weight, where=new)
-        cut = (evidence - stored) * new
-        if cut.any():
-            self._carry(where, latent, cut.astype(np.int32))
+        if evidence.max() > self.spec.evidence_cap:
+            self._carry(where, latent, (evidence - stored) * new)
 
-    def _carry(self, where: tuple[slice, slice], latent: NDArray[np.int8], factor: NDArray[np.int32]) -> None:
+    def _carry(self, where: tuple[slice, slice], latent: NDArray[np.int8], factor: NDArray[np.integer]) -> None:
         # twice as fast as numpy; imported here because the commands of a prior need none of it
         import torch
 
+        box = box_of(factor != 0)
+        if box is None:
+            return
         if self.carry is None:
             self.carry = np.zeros((self.spec.channels, TILE, TILE), np.int32)
-        carry, times = torch.from_numpy(self.carry[:, where[0], where[1]]), torch.from_numpy(factor)
+        times = torch.from_numpy(factor[box].astype(np.int32))
+        carry = torch.from_numpy(self.carry[:, *part_of(where, box)])
+        values = torch.from_numpy(latent[:, *box])
         # in pieces that torch leaves to one thread: it would wait for others that the network keeps busy
-        step = max(1, (_ONE_THREAD - 1) // factor.size)
-        for start in range(0, len(latent), step):
-            part = slice(start, start + step)
-            carry[part].addcmul_(torch.from_numpy(latent[part]).int(), times)
+        step = max(1, (_ONE_THREAD - 1) // times.numel())
+        for sums, part in zip(carry.split(step), values.split(step), strict=True):
+            sums.addcmul_(part.int(), times)
 
     def sums(self) -> NDArray[np.int32]:
         """Return the sum [channels, 64, 64] of weight x latent over the frames of the own drive."""
