@@ -365,6 +365,7 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
                 scene = _believed(written, job)
                 for frame in scene.frames:
                     _map(mapper, scene, frame)
+                mapper.close()  # a drive of its own
                 history.add(scene)
                 scene_done()
             for number, scored in enumerate(job.scenes):
@@ -390,10 +391,10 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
                         elements=vectorize(found.probabilities, mapper.grid) if job.vectors else None,
                         true_lines=truth_lines(city, *place, mapper.grid) if job.vectors else None,
                     )
+                mapper.close()
                 if job.protocol == "earlier_trips":
                     history.add(scene)
                 else:
-                    mapper.close()
                     shutil.rmtree(own, ignore_errors=True)
                 scene_done()
     return breakdown

@@ -33,6 +33,7 @@ from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagMessage  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
+from nmp.gate import CAUSES, JUMPS, PoseGate
 from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
@@ -57,6 +58,7 @@ class FakeMapper:
         self.flushed = self.closed = 0
         self.flush_error: Exception | None = None
         self.prior_error = ""
+        self.gates = PoseGate()
         self.threads: set[str] = set()
 
     def update(self, frame: Frame) -> LocalMap:
@@ -349,6 +351,18 @@ def test_a_prior_that_cannot_be_saved_is_an_error_while_layers_go_out(world: Ros
     rig.play(drive)
     assert len(rig.mapper.frames) == len(rig.layers["divider"]) == 4
     assert rig.status(DiagnosticStatus.ERROR, "No space left")
+
+
+def test_a_gate_that_closes_is_a_warning_and_is_counted(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    rig.mapper.gates.text = "pose jumped by 3.0 m against its motion"
+    rig.mapper.gates.counts[JUMPS] = 2
+    rig.play(drive)
+    assert rig.status(DiagnosticStatus.WARN, "pose jumped by 3.0 m")
+    values = {v.key: v.value for v in rig.statuses[-1].values}
+    assert {k: v for k, v in values.items() if k.startswith("gate: ")} == {
+        f"gate: {cause}": "2" if cause == JUMPS else "0" for cause in CAUSES
+    }
 
 
 def test_silence_names_the_topics(world: Ros) -> None:

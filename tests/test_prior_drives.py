@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,11 +117,17 @@ def test_fold_is_the_weighted_mean_and_the_newest() -> None:
     new.latent[:, 0, 0], new.evidence[0, 0], new.last_seen_s[0, 0], new.traversals[0, 0] = -50, 10, 5, 1
     total, latest = Cells.unpack(state.pack()), Cells.unpack(state.pack())
     fold(total, new, PriorSpec(2, 0.3, "x", evidence_cap=35))
-    assert total.latent[:, 0, 0].tolist() == [62, 62]  # (100 * 30 - 50 * 10) / 40 = 62.5, to even
-    assert (total.evidence[0, 0], total.last_seen_s[0, 0], total.traversals[0, 0]) == (35, 9, 65535)
+    # they contradict each other: of the 30, twice 10 are taken back
+    assert total.latent[:, 0, 0].tolist() == [25, 25]  # (100 * 10 - 50 * 10) / 20
+    assert (total.evidence[0, 0], total.last_seen_s[0, 0], total.traversals[0, 0]) == (20, 9, 65535)
     fold(latest, new, PriorSpec(2, 0.3, "x", merge="latest"))
     assert latest.latent[:, 0, 0].tolist() == [-50, -50] and latest.evidence[0, 0] == 10
     assert not total.latent[:, 1:].any() and not latest.latent[:, 1:].any()
+    agreeing = Cells.unpack(state.pack())
+    new.latent[:, 0, 0] = 78
+    fold(agreeing, new, PriorSpec(2, 0.3, "x", evidence_cap=35))
+    assert agreeing.latent[:, 0, 0].tolist() == [94, 94]  # (100 * 30 + 78 * 10) / 40 = 94.5, to even
+    assert agreeing.evidence[0, 0] == 35
 
 
 @pytest.mark.parametrize("place", ["folder", "memory://"])
@@ -203,6 +210,39 @@ def test_two_processes_writing_one_city_lose_nothing(tmp_path: Path) -> None:
     drives = ledger(tmp_path).drives()
     assert len(drives) == 6
     assert upkeep.verify(ledger(tmp_path)) == [] and not list((tmp_path / CITY / "open").iterdir())
+
+
+@pytest.mark.parametrize("place", ["folder", "memory://"])
+def test_a_drive_that_is_half_gone_after_its_commit_counts_once(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = str(tmp_path / "there") if place == "folder" else f"memory://{tmp_path.name}"
+
+    def half(storage: Storage) -> None:
+        """A crash while a folder is cleared."""
+        for key in storage.keys()[::2]:
+            storage.delete(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "clear", half)
+        patch.setattr(shutil, "rmtree", lambda path, **_: half(Storage(path)))
+        committed = drive(there, 1)
+    before = content(there)
+    assert Storage(f"{there}/{CITY}/open").keys()
+    CityPrior.open(there, CITY, SPEC).close()
+    assert [record.id for record in ledger(there).drives()] == [committed] and same(content(there), before)
+    assert not Storage(f"{there}/{CITY}/open").keys()
+
+
+def test_a_crashed_drive_without_any_intact_tile_adds_nothing(tmp_path: Path) -> None:
+    prior = CityPrior.open(tmp_path, CITY, SPEC, flush_interval_s=1e6)
+    prior.write(Window(0, 0, 5, 5), np.ones((3, 5, 5), np.int8), np.ones((5, 5), np.uint16), SECOND)
+    prior.flush()
+    copy = shutil.copytree(tmp_path / CITY, tmp_path / "copy" / CITY)
+    flip_a_bit(next(copy.glob("open/*/tiles/c/0/*/*")), 99)
+    CityPrior.open(tmp_path / "copy", CITY, SPEC).close()
+    assert not ledger(tmp_path / "copy").drives()
+    prior.close()
 
 
 def test_killed_drives_are_committed_up_to_their_last_flush(tmp_path: Path) -> None:

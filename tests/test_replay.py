@@ -85,6 +85,13 @@ def test_every_keyframe_is_mapped(drive: Path, tmp_path: Path) -> None:
     assert "3 frames in" in str(summary) and "dropped: none" in str(summary)
 
 
+def test_frames_that_are_not_stored_are_told(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bag(make_shots(tmp_path / "images", 2), LOCATION, tmp_path / "drive", position_std=5.0)
+    where = ["--weights", str(weights), "--prior", str(tmp_path / "prior")]
+    assert map_bag(tmp_path / "drive", tmp_path / "out", *where) == 0
+    assert "pose uncertain: 2; last: pose is known to 5.00 m" in capsys.readouterr().out
+
+
 def test_location_can_be_given(drive: Path) -> None:
     with BagReader(drive) as reader:
         frames = list(frames_of(reader, FrameAssembler(), location="boston-seaport"))

@@ -16,6 +16,7 @@ import torch
 
 from nmp.errors import NmpError
 from nmp.frame import Frame, LocalMap
+from nmp.gate import GateLimits, PoseGate, doubted
 from nmp.geometry import BevGrid, yaw_of
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
@@ -42,6 +43,7 @@ class OnlineMapper:
     :param flush_interval_s: longest time that an update stays in memory only
     :param vehicle: who drives: kept with what this drive adds to the prior
     :param whole: a drive counts only when :meth:`close` was reached: nothing of it is kept after a crash
+    :param limits: of the poses with which the prior is used
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
@@ -59,6 +61,7 @@ class OnlineMapper:
         flush_interval_s: float = 2.0,
         vehicle: str = "",
         whole: bool = False,
+        limits: GateLimits | None = None,
         device: str = "cpu",
         precision: str = "auto",
         compiled: bool = False,
@@ -77,6 +80,8 @@ class OnlineMapper:
             self.network.fusion.cap = math.inf
         self.prior_error = ""
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
+        self.gates = PoseGate(limits)
+        """judges the poses: how often and why a frame was not stored"""
         self._cities: dict[str, CityPrior] = {}
         if use_prior and self.prior_dir.is_dir():
             # A foreign prior is refused before the first frame, not after the drive has begun.
@@ -107,7 +112,7 @@ class OnlineMapper:
         return self._cities[location]
 
     def update(self, frame: Frame) -> LocalMap:
-        """Map one frame, and add what it saw to the prior.
+        """Map one frame, and add what it saw to the prior, unless its pose is doubtful (:attr:`gates`).
 
         Raises :class:`NmpError` for bad input, before anything stored is changed.
         """
@@ -124,16 +129,24 @@ class OnlineMapper:
         city.prefetch(x, y, yaw_of(frame.map_from_base))
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
-        answer = _checked(self._runner.run(*images, pose, *city.read(window)))
+        latent, evidence = city.read(window)
+        weight = self.gates.check(frame)
+        if weight < 1:
+            evidence = doubted(evidence, weight, EVIDENCE_SCALE)
+        answer = _checked(self._runner.run(*images, pose, latent, evidence))
+        if self.gates.may_store(answer.found):
+            self._store(city, window, answer, frame.stamp_ns)
+        return self._local_map(frame, answer)
+
+    def _store(self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int) -> None:
         assert answer.latent is not None and answer.evidence is not None
         try:
-            city.write(window, answer.latent, answer.evidence, frame.stamp_ns, changed=answer.seen)
+            city.write(window, answer.latent, answer.evidence, stamp_ns, changed=answer.seen)
             self.prior_error = ""
         except NmpError as error:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
             self.prior_error = str(error)
             log.error("%s", error)
-        return self._local_map(frame, answer)
 
     def _local_map(self, frame: Frame, answer: Answer) -> LocalMap:
         step = round(self.config.feature_resolution / self.config.layer_resolution)
@@ -165,12 +178,14 @@ class OnlineMapper:
 
         :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
         """
+        self.gates.restart()
         while self._cities:
             _, city = self._cities.popitem()
             city.close(recording)
 
     def discard(self) -> None:
         """Release the prior without what this drive added to it."""
+        self.gates.restart()
         while self._cities:
             _, city = self._cities.popitem()
             city.discard()

@@ -241,3 +241,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: {summary}")
     for cause in sorted(summary.drops):
         print(f"  {cause}: {summary.reasons.get(cause, '')}")
+    for cause, count in mapper.gates.counts.items():
+        if count:
+            print(f"  {cause}: {count}; last: {mapper.gates.last_text or 'stored again at once'}")

@@ -64,6 +64,8 @@ class Outputs(NamedTuple):
     """[1, 1, side, side] int16 as in :class:`Inputs`, updated"""
     seen: Tensor | None = None
     """[1, 1, side, side] bool: cells that this frame covers"""
+    found: Tensor | None = None
+    """[1, 6] float32 what the pose search found, offset and spread of :class:`nmp.model.fusion.Alignment`"""
 
 
 class Answer(NamedTuple):
@@ -80,6 +82,8 @@ class Answer(NamedTuple):
     """[side, side]"""
     seen: NDArray[np.bool_] | None
     """[side, side]"""
+    found: NDArray[np.float32] | None
+    """[6]; None without a search"""
 
 
 def choose_device(name: str) -> torch.device:
@@ -269,8 +273,10 @@ class OneFrame:
             bev = self.encode(images, pixel_from_base, present)
             output, memory = self.network.step(bev, memory, pose, self._origin)
         logits = output.logits.float()
+        found = None
         if output.alignment is not None:
             pose = fusion.moved(pose, output.alignment.offset.float())
+            found = torch.cat([output.alignment.offset, output.alignment.spread], dim=1).float()
         grid, cell = config.feature_grid, config.prior_cell
         rows, cols = evidence.shape[-2:]
         covered = fusion.ego_to_map(self._region, pose, grid, self._origin, cell, rows, cols)
@@ -281,6 +287,7 @@ class OneFrame:
             fusion.map_to_ego(memory.evidence.float(), pose, grid, self._origin, cell),
             *quantize(memory),
             covered > 0,
+            found,
         )
 
     def encode(self, images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
@@ -379,9 +386,11 @@ class Runner:
 def _answer(parts: Sequence[Tensor]) -> Answer:
     probabilities, finite = parts[0][0].numpy(), bool(parts[1])
     if len(parts) == 2:
-        return Answer(probabilities, finite, None, None, None, None)
-    known, latent, evidence, seen = (t[0].numpy() for t in parts[2:])
-    return Answer(probabilities, finite, known[0], latent, evidence[0].view(np.uint16), seen[0])
+        return Answer(probabilities, finite, None, None, None, None, None)
+    known, latent, evidence, seen, *found = (t[0].numpy() for t in parts[2:])
+    return Answer(
+        probabilities, finite, known[0], latent, evidence[0].view(np.uint16), seen[0], found[0] if found else None
+    )
 
 
 def read_quantized(latent: Tensor, evidence: Tensor) -> fusion.Memory:

@@ -35,6 +35,7 @@ from nmp import topics
 from nmp.assembly import FrameAssembler
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, CLASSES, Frame, LocalMap
+from nmp.gate import PoseGate
 from nmp.nodes.conversions import to_image, to_markers, to_occupancy_grids
 from nmp.nodes.qos import profile
 from nmp.nodes.runtime import run_node
@@ -52,6 +53,7 @@ class Mapper(Protocol):
     """What the node needs of :class:`nmp.mapper.OnlineMapper`."""
 
     prior_error: str
+    gates: PoseGate
 
     def update(self, frame: Frame) -> LocalMap: ...
     def flush(self) -> None: ...
@@ -316,6 +318,8 @@ class MappingNode(Node):
             status.level, status.message = DiagnosticStatus.ERROR, self._failing or f"{worst}: {errors[worst]}"
         elif self.mapper.prior_error:
             status.level, status.message = DiagnosticStatus.ERROR, self.mapper.prior_error
+        elif self.mapper.gates.text:
+            status.level, status.message = DiagnosticStatus.WARN, self.mapper.gates.text
         elif silent:
             status.level, status.message = DiagnosticStatus.WARN, f"nothing comes from {', '.join(silent)}"
         elif worst:
@@ -330,6 +334,7 @@ class MappingNode(Node):
             "frames answered": stats.answered,
             "frames waiting": len(self._queue),
             **{f"dropped: {cause}": count for cause, count in sorted(drops.items())},
+            **{f"gate: {cause}": count for cause, count in sorted(self.mapper.gates.counts.items())},
             "latency median (s)": f"{stats.latency(50, newest=100):.3f}",
             "latency p95 (s)": f"{stats.latency(95, newest=100):.3f}",
             "stamp age (s)": f"{(self.get_clock().now().nanoseconds - self._newest_ns) / 1e9:.3f}",

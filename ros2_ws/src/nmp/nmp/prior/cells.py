@@ -13,6 +13,12 @@ from nmp.prior.window import PriorSpec
 
 FIELD_PLANES = 8
 """byte planes after the latent: evidence (2), last seen (4), traversals (2)"""
+AGREES, CONTRADICTS = 0.1, 0.2
+"""difference of two latents up to which they say the same, and from which they say another thing: |a - b|^2 as a share
+of |a|^2 + |b|^2, 1 for latents that have nothing in common. With the shipped network 0.02 is usual between two drives
+through an unchanged street (19 of 20 cells stay below 0.12), and 0.18 where a crossing has gone"""
+TAKEN_BACK = 2
+"""evidence that a contradicted cell loses, for each unit that contradicts it"""
 _PREDICTED = 4
 """bits from which codes are written as differences to their left neighbours: 17 % smaller at 8 bits, larger below 4"""
 
@@ -33,6 +39,13 @@ class Cells:
     @property
     def nbytes(self) -> int:
         return (len(self.latent) + FIELD_PLANES) * TILE * TILE
+
+    def copy(self) -> Cells:
+        """Return a copy."""
+        cells = Cells(0)
+        cells.latent, cells.evidence = self.latent.copy(), self.evidence.copy()
+        cells.last_seen_s, cells.traversals = self.last_seen_s.copy(), self.traversals.copy()
+        return cells
 
     def pack(self) -> NDArray[np.uint8]:
         """Return a copy as bytes [channels + 8, 64, 64]; numbers of several bytes begin with the lowest."""
@@ -59,6 +72,9 @@ class Cells:
 def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
     """Add what one drive saw to a state, in place.
 
+    Where it contradicts what is known, that loses evidence first: a street that has changed is soon known as it is now.
+    What a drive did not see, or had no view of (it adds no evidence there), stays as it was.
+
     The result is rounded to what is stored after every drive, so that a state which was compacted on the way gives
     the same bytes as one which was not. All intermediate numbers are whole and below 2^24: float32 holds them exactly.
     """
@@ -68,6 +84,10 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
         np.copyto(state.evidence, np.minimum(drive.evidence, spec.evidence_cap), where=seen)
     else:
         before, added = state.evidence.astype(np.float32), drive.evidence.astype(np.float32)
+        both = (before > 0) & (added > 0)
+        if both.any():
+            lost = np.rint(TAKEN_BACK * added * contradiction(state.latent, drive.latent, spec.bits))
+            before -= np.minimum(before, lost, where=both, out=np.zeros_like(before))
         total = before + added
         mean = state.latent * before
         mean += drive.latent * added
@@ -78,6 +98,26 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
     np.maximum(state.last_seen_s, drive.last_seen_s, out=state.last_seen_s)
     visits = state.traversals.astype(np.uint32) + drive.traversals
     state.traversals[...] = np.minimum(visits, 65535)
+
+
+def contradiction(a: NDArray[np.int8], b: NDArray[np.int8], bits: int) -> NDArray[np.float32]:
+    """Return how much latents [channels, rows, cols] contradict each other, [rows, cols] in 0..1.
+
+    What rounding to ``bits`` bits may make them differ is left out. Every copy of a city has to find the same to the
+    bit: sums are of whole numbers, the rest is done cell by cell.
+    """
+    x, y = a.astype(np.int32), b.astype(np.int32)
+    lengths = _squares(x) + _squares(y)
+    x -= y
+    step = np.float32(254 / (2**bits - 1))
+    apart = np.maximum(_squares(x) - np.float32(len(a)) * step * step / np.float32(6), 0)
+    share = apart / np.maximum(lengths, 1)
+    return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
+
+
+def _squares(values: NDArray[np.int32]) -> NDArray[np.float32]:
+    sums: NDArray[np.int32] = np.einsum("cij,cij->ij", values, values)
+    return sums.astype(np.float32)
 
 
 # -- as bytes -----------------------------------------------------------------------------------------------

@@ -187,8 +187,7 @@ class CityPrior:
 
         With the merge rule "sum", ``evidence`` is that of the cell as it was read plus the weight of this frame,
         before any cap (the prior caps it), and ``latent`` the mean of both: what the drive adds to the city is
-        derived from the difference. A cell whose evidence does not grow keeps the new values until the drive is
-        over, but adds nothing to the city.
+        derived from the difference. A cell whose evidence does not grow was seen, and stays as it is.
 
         Raises :class:`NmpError` when an argument does not fit, or the prior is read-only. Also raised, once,
         when saving failed since the last call: these cells are then stored in memory all the same, and saving is
@@ -204,7 +203,7 @@ class CityPrior:
             self._save_or_raise()
         with self._guard:
             self._check_open()  # again: it may have been closed meanwhile
-            touched = [block.cropped(mask) for block in blocks(window) if mask[block.in_window].any()]
+            touched = [part for block in blocks(window) if (part := block.cropped(mask))]
             resident = self._resident(block.key for block in touched)
             if touched and drive.first_ns is None:
                 drive.first_ns = int(stamp_ns)
@@ -214,8 +213,8 @@ class CityPrior:
                     tile = Tile(Cells(self.spec.channels), self.spec)
                     self._cache.put(block.key, tile)
                 rows, cols = block.in_window
-                part = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
-                tile.store(block.in_tile, *part)
+                values = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
+                tile.store(block.in_tile, *values)
                 self._cache.mark_dirty(block.key)
             self._cache.shrink()
             error, self._error = self._error, None
@@ -427,8 +426,8 @@ class CityPrior:
                 copies: dict[Key, NDArray[np.uint8]] = {}
                 for key in keys[start : start + _BATCH]:
                     with self._guard:  # for one copy at a time, so that reads hardly wait
-                        tile = self._cache[key]
-                        edits[key], copies[key] = tile.edits, tile.pack()
+                        edits[key], tile = self._cache[key].edits, self._cache[key].copy()
+                    copies[key] = tile.pack()
                 failed = self._drive.save(copies)
                 failures.update(failed)
                 with self._guard:

@@ -16,7 +16,7 @@ from nmp.prior.cells import FIELD_PLANES, Cells, from_planes, on_grid, to_planes
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
-from nmp.prior.tiles import TILE, Key
+from nmp.prior.tiles import TILE, Key, box_of, part_of
 from nmp.prior.tileset import Planes, TileSet
 from nmp.prior.window import PriorSpec
 
@@ -29,6 +29,8 @@ SESSION = "session.json"
 LOCK = "lock"
 _LEASE_S = 900.0
 """where there are no locks (s3://, ...), a drive that was not saved for so long is over, s"""
+_ATTEMPTS = 20
+"""to lock the folder of a new drive"""
 _ONE_THREAD = 32768
 """elements from which torch spreads an operation over threads"""
 _WEIGHT_PLANES = 2
@@ -37,7 +39,12 @@ _SUM_PLANES = 3
 
 
 class Tile:
-    """A tile in memory: the state of its cells, and what the own drive has added to them."""
+    """A tile in memory: the state of its cells, and what the own drive has added to them.
+
+    A frame adds ``latent x evidence`` of the cell after it minus that before it. Over the frames of a drive these
+    differences add up to that of its last state and its first, and nothing has to be added up per frame; only what
+    the cap cuts off the evidence between two frames is kept apart (``carry``).
+    """
 
     def __init__(self, cells: Cells, spec: PriorSpec) -> None:
         self.cells = cells
@@ -46,15 +53,18 @@ class Tile:
         """[64, 64] cells that the own drive saw; None: none"""
         self.weight: NDArray[np.float32] = np.empty(0, np.float32)
         """[64, 64] sum of the weights of its frames"""
-        self.sums: NDArray[np.float32] = np.empty(0, np.float32)
-        """[channels, 64, 64] sum of weight x latent; float32 holds these whole numbers below 2^24 exactly"""
+        self.before: Cells | None = None
+        """the cells before the own drive; None: empty"""
+        self.carry: NDArray[np.int32] | None = None
+        """[channels, 64, 64] sum of weight x latent beyond what the states before and now tell; None: zero"""
         self.edits = 0
         """counts the changes, to tell whether a tile changed while it was being saved"""
 
     @property
     def nbytes(self) -> int:
-        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes + self.sums.nbytes
-        return self.cells.nbytes + own
+        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes
+        own += 0 if self.before is None else self.before.nbytes
+        return self.cells.nbytes + own + (0 if self.carry is None else self.carry.nbytes)
 
     def begin(self) -> None:
         """Make room for what the own drive adds."""
@@ -62,7 +72,7 @@ class Tile:
             self.touched = np.zeros((TILE, TILE), bool)
             if self.spec.merge == "sum":
                 self.weight = np.zeros((TILE, TILE), np.float32)
-                self.sums = np.zeros((self.spec.channels, TILE, TILE), np.float32)
+                self.before = self.cells.copy() if self.cells.evidence.any() else None
 
     def store(
         self,
@@ -81,20 +91,25 @@ class Tile:
         assert self.touched is not None
         cells = self.cells
         old = cells.latent[:, where[0], where[1]]
+        stored = np.minimum(evidence, self.spec.evidence_cap)
+        new = changed
         if self.spec.merge == "sum":
-            self._add(where, latent, evidence, changed)
-        if changed.all():
+            new = evidence > cells.evidence[where]
+            new &= changed
+            self._add(where, latent, evidence, stored, new)
+        if new.all():
             old[...] = latent
         else:
             # old ^ (old ^ new) & mask: five times faster than a masked copy
             difference = old ^ latent
-            difference &= -changed.view(np.int8)
+            difference &= -new.view(np.int8)
             old ^= difference
-        np.copyto(cells.evidence[where], np.minimum(evidence, self.spec.evidence_cap), where=changed)
+        np.copyto(cells.evidence[where], stored, where=new)
         np.copyto(cells.last_seen_s[where], np.uint32(seconds), where=changed)
         first = changed & ~self.touched[where]
-        cells.traversals[where] += first & (cells.traversals[where] < 65535)
-        self.touched[where] |= changed
+        if first.any():
+            cells.traversals[where] += first & (cells.traversals[where] < 65535)
+            self.touched[where] |= first
         self.edits += 1
 
     def _add(
@@ -102,26 +117,49 @@ class Tile:
         where: tuple[slice, slice],
         latent: NDArray[np.int8],
         evidence: NDArray[np.uint16],
-        changed: NDArray[np.bool_],
+        stored: NDArray[np.uint16],
+        new: NDArray[np.bool_],
     ) -> None:
-        before = self.cells.evidence[where].astype(np.float32)
-        after = evidence.astype(np.float32)
-        added = after - before
-        # nothing without a weight; nothing beyond what 16 bits count
-        adds = changed & (added > 0) & (self.weight[where] + added <= 65535)
-        self.weight[where] += added * adds
+        """Count the weight of a frame in the cells ``new``, which are about to hold ``latent`` and ``stored``."""
+        old = self.cells.evidence[where]
+        added = evidence - old
+        added *= new
+        weight = self.weight[where]
+        weight += added
+        if weight.max() > 65535:  # what 16 bits count; beyond, take back what the states before and after tell
+            over = weight > 65535
+            weight -= added * over
+            self._carry(where, self.cells.latent[:, where[0], where[1]], np.where(over, old, 0))
+            self._carry(where, latent, -np.where(over, stored, 0).astype(np.int32))
+            new = new & ~over
+        if evidence.max() > self.spec.evidence_cap:
+            self._carry(where, latent, (evidence - stored) * new)
+
+    def _carry(self, where: tuple[slice, slice], latent: NDArray[np.int8], factor: NDArray[np.integer]) -> None:
         # twice as fast as numpy; imported here because the commands of a prior need none of it
         import torch
 
-        old = self.cells.latent[:, where[0], where[1]]
-        sums = torch.from_numpy(self.sums[:, where[0], where[1]])
-        plus, minus = torch.from_numpy(after * adds), torch.from_numpy(before * adds)
+        box = box_of(factor != 0)
+        if box is None:
+            return
+        if self.carry is None:
+            self.carry = np.zeros((self.spec.channels, TILE, TILE), np.int32)
+        times = torch.from_numpy(factor[box].astype(np.int32))
+        carry = torch.from_numpy(self.carry[:, *part_of(where, box)])
+        values = torch.from_numpy(latent[:, *box])
         # in pieces that torch leaves to one thread: it would wait for others that the network keeps busy
-        step = max(1, (_ONE_THREAD - 1) // adds.size)
-        for start in range(0, len(sums), step):
-            part = slice(start, start + step)
-            new = torch.from_numpy(latent[part]).float()
-            sums[part].addcmul_(new, plus).addcmul_(torch.from_numpy(old[part]).float(), minus, value=-1)
+        step = max(1, (_ONE_THREAD - 1) // times.numel())
+        for sums, part in zip(carry.split(step), values.split(step), strict=True):
+            sums.addcmul_(part.int(), times)
+
+    def sums(self) -> NDArray[np.int32]:
+        """Return the sum [channels, 64, 64] of weight x latent over the frames of the own drive."""
+        total: NDArray[np.int32] = np.multiply(self.cells.latent, self.cells.evidence, dtype=np.int32)
+        if self.before is not None:
+            total -= np.multiply(self.before.latent, self.before.evidence, dtype=np.int32)
+        if self.carry is not None:
+            total += self.carry
+        return total
 
     def contribution(self) -> Cells:
         """Return what the own drive adds to the city, as it is committed."""
@@ -135,19 +173,28 @@ class Tile:
             latent = self.cells.latent
         else:
             own.evidence[...] = self.weight
-            mean = (self.sums / np.maximum(self.weight, 1)).clip(-128, 127)
+            # both are whole numbers below 2^24, which float32 holds exactly
+            mean = (self.sums().astype(np.float32) / np.maximum(self.weight, 1)).clip(-128, 127)
             latent = np.rint(mean, out=mean).astype(np.int8)
         own.latent[...] = on_grid(latent, self.spec.bits)
         own.latent *= own.evidence > 0
         return own
 
+    def copy(self) -> Tile:
+        """Return what :meth:`pack` needs, which later changes leave as it is."""
+        tile = Tile(self.cells.copy(), self.spec)
+        assert self.touched is not None
+        tile.touched, tile.weight, tile.before = self.touched.copy(), self.weight.copy(), self.before
+        tile.carry = None if self.carry is None else self.carry.copy()
+        return tile
+
     def pack(self) -> Planes:
-        """Return a copy as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
+        """Return a tile as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
         assert self.touched is not None
         parts = [self.cells.pack(), self.touched[None].view(np.uint8)]
         if self.spec.merge == "sum":
             parts.append(to_planes(self.weight.astype("<u2")))
-            sums = self.sums.astype("<i4").view(np.uint8).reshape(-1, TILE, TILE, 4)
+            sums = self.sums().astype("<i4", copy=False).view(np.uint8).reshape(-1, TILE, TILE, 4)
             parts.extend(np.moveaxis(sums[..., :_SUM_PLANES], -1, 0))
         return np.concatenate(parts)
 
@@ -163,7 +210,8 @@ class Tile:
             sums = np.zeros((spec.channels, TILE, TILE, 4), np.uint8)
             # into the upper bytes, and back by a shift that keeps the sign
             sums[..., 1:] = np.moveaxis(planes[end + 3 :].reshape(_SUM_PLANES, -1, TILE, TILE), 0, -1)
-            tile.sums = (sums.view("<i4")[..., 0] >> 8).astype(np.float32)
+            # what was before the drive is not saved: from here on its states are compared to those of now
+            tile.carry = sums.view("<i4")[..., 0] >> 8
         return tile
 
 
@@ -216,12 +264,15 @@ class OpenDrive:
             self._lock.release()
             self._lock = None
         self.saved.clear()
-        # locked before there is anything to see, so that nobody takes it for what a crash left
-        lock = Lock(self.storage, LOCK, wait=False)
-        if not lock.held:
-            raise NmpError("another process looks at it: saving is tried again")
-        self._lock = lock
-        self._describe()
+        # Locked before there is anything to see, so that nobody takes it for what a crash left. Who looks into the
+        # empty folder just before that removes it.
+        for _ in range(_ATTEMPTS):
+            lock = Lock(self.storage, LOCK, wait=True)
+            if lock.held:
+                self._lock = lock
+                self._describe()
+                return
+        raise NmpError("other processes keep removing its folder: saving is tried again")
 
     def _describe(self) -> None:
         content: dict[str, Any] = {"vehicle": self.vehicle, "first_ns": self.first_ns}
@@ -250,7 +301,7 @@ class OpenDrive:
         Raises :class:`NmpError` when it cannot be written: it stays as it is, for the next who opens the city.
         """
         record = None
-        if self.saved:
+        if self._holds_anything():
             seconds: list[int] = []
 
             def make(keys: list[Key]) -> dict[Key, Cells]:
@@ -276,6 +327,10 @@ class OpenDrive:
         self.forget()
         return record
 
+    def _holds_anything(self) -> bool:
+        """Tell whether any saved tile is intact."""
+        return any(self.load([key]) for key in sorted(self.saved))
+
     def release(self) -> None:
         """Let the next who opens the city commit it."""
         if self._lock is not None:
@@ -284,7 +339,11 @@ class OpenDrive:
     def forget(self) -> None:
         """Delete what was saved. Raises :class:`NmpError` when that cannot be done."""
         if self._lock is not None:
-            self.storage.clear()
+            # What is committed must not be found again in part: it would count as another drive. Elsewhere than in a
+            # folder it goes piece by piece, and without this nobody counts the rest.
+            if self.storage.local is None:
+                self.storage.delete(SESSION)
+            self.storage.discard()
             self._lock.release()
 
     # -- after a crash ----------------------------------------------------------------------------------------
@@ -296,6 +355,8 @@ class OpenDrive:
         Those that count only when they are whole are deleted. Raises :class:`NmpError` when one cannot be written.
         """
         found = []
+        for room in (WHOLE, OPEN):
+            ledger.storage.below(room).sweep()
         for name in ledger.storage.below(WHOLE).children():
             drive = cls(ledger, "", name, whole=True)
             if drive._is_over():
@@ -331,5 +392,6 @@ class OpenDrive:
         except (ValueError, KeyError, TypeError) as error:
             if raw is not None:
                 self.ledger.tell(f"{self.storage.name}/{SESSION}", f"is damaged ({error}): the vehicle is unknown")
-        self.saved = self._tiles.keys()
+        committed = raw is None and self.storage.local is None
+        self.saved = set() if committed else self._tiles.keys()
         return True

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ class Storage:
     def children(self) -> list[str]:
         """Return the names of the folders right below this one, in order."""
         if self.local is not None:
-            return sorted(p.name for p in self.local.iterdir() if p.is_dir()) if self.local.is_dir() else []
+            found = self.local.iterdir() if self.local.is_dir() else ()
+            return sorted(p.name for p in found if p.is_dir() and not p.name.startswith("."))
         return sorted({key.partition("/")[0] for key in self.keys() if "/" in key})
 
     def delete(self, key: str) -> None:
@@ -124,6 +126,27 @@ class Storage:
                 self._kv.delete_range(ts.KvStore.KeyRange()).result()
         except (ValueError, OSError) as error:
             raise NmpError(f"cannot clear {self.name} ({reason_of(error)}): check the permissions") from error
+
+    def discard(self) -> None:
+        """Remove everything below at once: nobody ever finds a part of it, not even after a crash."""
+        if self.local is None:
+            self.clear()
+            return
+        # folders whose names begin with a dot are nobody's
+        gone = self.local.with_name(f".{self.local.name}-{uuid.uuid4().hex}")
+        try:
+            self.local.rename(gone)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise NmpError(f"cannot clear {self.name} ({reason_of(error)}): check the permissions") from error
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what crashes left of folders right below that were discarded."""
+        if self.local is not None:
+            for gone in self.local.glob(".*"):
+                shutil.rmtree(gone, ignore_errors=True)
 
     def put_aside(self, key: str) -> str:
         """Keep a damaged blob under a name that nobody reads; return that name, empty where it cannot be moved."""

@@ -27,16 +27,22 @@ class Block(NamedTuple):
     in_tile: tuple[slice, slice]
     in_window: tuple[slice, slice]
 
-    def cropped(self, mask: NDArray[np.bool_]) -> Block:
-        """Return the smallest part that holds all cells of a mask of the window; there has to be one."""
-        inside = mask[self.in_window]
-        rows, cols = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    def cropped(self, mask: NDArray[np.bool_]) -> Block | None:
+        """Return the smallest part that holds all cells of a mask of the window; None when there are none."""
+        box = box_of(mask[self.in_window])
+        return None if box is None else Block(self.key, part_of(self.in_tile, box), part_of(self.in_window, box))
 
-        def part(where: tuple[slice, slice]) -> tuple[slice, slice]:
-            row, col = where[0].start, where[1].start
-            return slice(row + rows[0], row + rows[-1] + 1), slice(col + cols[0], col + cols[-1] + 1)
 
-        return Block(self.key, part(self.in_tile), part(self.in_window))
+def box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice] | None:
+    """Return the smallest block of rows and columns that holds all cells of a mask; None when there are none."""
+    rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)) if len(rows) else None
+
+
+def part_of(block: tuple[slice, slice], box: tuple[slice, slice]) -> tuple[slice, slice]:
+    """Return a part of a block, which is counted from the start of the block, in the coordinates of the block."""
+    (row, col), (rows, cols) = (b.start for b in block), box
+    return slice(row + rows.start, row + rows.stop), slice(col + cols.start, col + cols.stop)
 
 
 def blocks(window: Window) -> Iterator[Block]:
