@@ -37,10 +37,12 @@ from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import from_occupancy_grids, to_ns, to_occupancy_grids  # noqa: E402
-from nmp.nodes.mapping_node import INTERNAL, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
+from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
+from nmp.nodes.mapping_node import QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
+from nmp.prior.record import Record  # noqa: E402
 from tests.bag_fixtures import LOCATION, START_NS, bag_messages, jpeg, make_bag, write_messages  # noqa: E402
 
 GRID = BevGrid(12.0, 6.0, 0.15)
@@ -57,6 +59,8 @@ class FakeMapper:
         self.flushed = self.closed = 0
         self.flush_error: Exception | None = None
         self.prior_error = ""
+        self.prior_dir = Path("nowhere")
+        self.stages_s = {"network": seconds}
         self.threads: set[str] = set()
 
     def update(self, frame: Frame) -> LocalMap:
@@ -73,8 +77,13 @@ class FakeMapper:
             raise self.flush_error
         self.flushed += 1
 
-    def close(self) -> None:
+    def prior_size(self) -> dict[str, int]:
+        return {"tiles": 7}
+
+    def close(self) -> dict[str, Record]:
+        self.threads.add(threading.current_thread().name)
         self.closed += 1
+        return {}
 
 
 def pattern(frame: Frame) -> LocalMap:
@@ -377,13 +386,12 @@ def test_save_prior(world: Ros, drive: Path) -> None:
     assert rig.mapper.threads == {"mapper"}
 
 
-def test_save_prior_never_hangs(world: Ros, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmp.nodes.mapping_node.SAVE_TIMEOUT", 0.3)
-    rig = Rig(world)
+def test_save_prior_never_hangs(world: Ros, drive: Path) -> None:
+    rig = Rig(world, service_timeout=0.3)
     rig.play(drive)
     rig.mapper.flush = lambda: time.sleep(2)
     response = rig.save()
-    assert response.result == SavePrior.Response.RESULT_FAILED and "not done after" in response.message
+    assert response.result == SavePrior.Response.RESULT_TIMEOUT and "not done after" in response.message
 
 
 def test_shutdown_saves_and_sums_up(world: Ros, drive: Path, tmp_path: Path) -> None:

@@ -8,21 +8,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nmp.errors import NmpError
-from nmp.frame import Frame, LocalMap
+from nmp.frame import CAMERAS, Frame, LocalMap
 from nmp.geometry import BevGrid, yaw_of
+from nmp.model.config import NetworkConfig
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
 from nmp.model.weights import load_network
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,8 @@ class OnlineMapper:
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
+    :param min_cameras: images that a frame must have; the network is told which ones are missing
+
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that
     is not there or too small.
     """
@@ -60,6 +67,7 @@ class OnlineMapper:
         device: str = "cpu",
         precision: str = "auto",
         compiled: bool = False,
+        min_cameras: int = len(CAMERAS),
     ) -> None:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
@@ -68,12 +76,15 @@ class OnlineMapper:
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
+        self._min_cameras = min_cameras
         self._spec = _spec_of(self.network, self.fingerprint)
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
         self.prior_error = ""
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
+        self.stages_s: dict[str, float] = {}
+        """what each stage of the last update took, s"""
         self._cities: dict[str, CityPrior] = {}
         if use_prior and self.prior_dir.is_dir():
             # A foreign prior is refused before the first frame, not after the drive has begun.
@@ -109,9 +120,14 @@ class OnlineMapper:
         """
         if not frame.location:
             raise NmpError("frame names no location: set the parameter 'location' or publish the topic 'location'")
-        images = network_input(frame, self.config)
+        clock = _Stages()
+        images = masked_input(frame, self.config, self._min_cameras)
+        clock.done("decoding")
         if not self.use_prior:
-            return self._local_map(frame, _checked(self._runner.run(*images)))
+            answer = _checked(self._runner.run(*images))
+            clock.done("network")
+            self.stages_s = clock.seconds
+            return self._local_map(frame, answer)
 
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
         cell = self.config.prior_cell
@@ -120,7 +136,10 @@ class OnlineMapper:
         city.prefetch(x, y, yaw_of(frame.map_from_base))
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
-        answer = _checked(self._runner.run(*images, pose, *city.read(window)))
+        cells = city.read(window)
+        clock.done("reading prior")
+        answer = _checked(self._runner.run(*images, pose, *cells))
+        clock.done("network")
         assert answer.latent is not None and answer.evidence is not None
         try:
             city.write(window, answer.latent, answer.evidence, frame.stamp_ns, changed=answer.seen)
@@ -129,6 +148,8 @@ class OnlineMapper:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
             self.prior_error = str(error)
             log.error("%s", error)
+        clock.done("writing prior")
+        self.stages_s = clock.seconds
         return self._local_map(frame, answer)
 
     def _local_map(self, frame: Frame, answer: Answer) -> LocalMap:
@@ -146,6 +167,12 @@ class OnlineMapper:
             evidence=evidence,
         )
 
+    def prior_size(self) -> dict[str, int]:
+        """Return how many tiles the open cities have, and how much of them is in memory or not saved yet."""
+        sizes = [city.statistics() for city in list(self._cities.values())]
+        names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
+        return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
+
     def flush(self) -> None:
         """Write everything that the prior holds to disk."""
         for city in self._cities.values():
@@ -156,11 +183,14 @@ class OnlineMapper:
         self.close()
         self.prior_dir = Path(prior_dir)
 
-    def close(self) -> None:
-        """Commit what this drive added to the prior, and release it. Safe to call twice."""
+    def close(self) -> dict[str, Record]:
+        """Commit what this drive added to the prior, release it, and return the drive by city. Safe to call twice."""
+        added = {}
         while self._cities:
-            _, city = self._cities.popitem()
-            city.close()
+            location, city = self._cities.popitem()
+            if record := city.close():
+                added[location] = record
+        return added
 
     def __enter__(self) -> OnlineMapper:
         return self
@@ -169,6 +199,36 @@ class OnlineMapper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Stages:
+    """A stopwatch for what follows one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at_s = time.monotonic()
+
+    def done(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self._at_s = now - self._at_s, now
+
+
+def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, pixel_from_base, present) of :func:`network_input` for a frame that may lack cameras.
+
+    A camera without a shot is black and not present, as where training drops cameras. Where it would look makes no
+    difference then. Raises :class:`NmpError` when there are fewer shots than ``min_cameras``.
+    """
+    there = {shot.camera.name for shot in frame.shots}
+    lost = [name for name in CAMERAS if name not in there]
+    if not lost or len(there) < max(min_cameras, 1):
+        return network_input(frame, config)
+    first = frame.shots[0]
+    black = np.zeros((first.camera.height, first.camera.width, 3), np.uint8)
+    stand_ins = [replace(first, camera=replace(first.camera, name=name), image=black) for name in lost]
+    images, pixel_from_base, present = network_input(replace(frame, shots=(*frame.shots, *stand_ins)), config)
+    present[0, [CAMERAS.index(name) for name in lost]] = 0.0
+    return images, pixel_from_base, present
 
 
 def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:

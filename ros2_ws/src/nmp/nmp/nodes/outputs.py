@@ -1,0 +1,74 @@
+"""What the mapping node publishes of a local map. Publishing happens in the worker's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from nav_msgs.msg import OccupancyGrid
+from numpy.typing import NDArray
+from rclpy.lifecycle import LifecycleNode
+from sensor_msgs.msg import Image
+from std_msgs.msg import String
+from visualization_msgs.msg import MarkerArray
+
+from nmp import topics
+from nmp.frame import CLASSES, LocalMap
+from nmp.nodes.conversions import to_image, to_markers, to_occupancy_grids
+from nmp.nodes.qos import profile
+from nmp.vectors.tracker import ElementTracker
+
+Draw = Callable[[LocalMap], NDArray[np.uint8]]
+
+
+def draw_picture(local_map: LocalMap) -> NDArray[np.uint8]:
+    """Return the layers as an RGB picture [H, W, 3]."""
+    from nmp.draw import bev_picture  # brings matplotlib, which takes its time
+
+    return bev_picture(local_map)
+
+
+class Outputs:
+    """The publishers of a configured node; they publish only while it is active."""
+
+    def __init__(self, node: LifecycleNode, draw: Draw, *, vectors: bool) -> None:
+        self._node = node
+        self._draw = draw
+        create = node.create_lifecycle_publisher
+        self._layers = {c: create(OccupancyGrid, topics.layer_topic(c), profile(topics.LATCHED)) for c in CLASSES}
+        self._located = ""  # what was last said on the next
+        self._location = create(String, topics.MAPPED_LOCATION, profile(topics.LATCHED))
+        self._picture = create(Image, topics.BEV, profile(topics.PICTURE))
+        self._vectors = create(MarkerArray, topics.VECTORS, profile(topics.LATCHED)) if vectors else None
+        self._publishers = [*self._layers.values(), self._location, self._picture]
+        self._publishers += [self._vectors] if self._vectors else []
+        self._tracker = ElementTracker()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody listens to what a frame gives."""
+        return any(p.get_subscription_count() for p in self._publishers if p is not self._location)
+
+    def publish_layers(self, local_map: LocalMap) -> None:
+        """Publish the layers, and the city where it is another than before."""
+        if local_map.location != self._located:
+            self._located = local_map.location
+            self._location.publish(String(data=self._located))
+        for name, grid in to_occupancy_grids(local_map).items():
+            self._layers[name].publish(grid)
+
+    def publish_extras(self, local_map: LocalMap) -> None:
+        """Publish picture and elements, where somebody listens."""
+        if self._picture.get_subscription_count():
+            self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
+        if self._vectors is not None and self._vectors.get_subscription_count():
+            self._vectors.publish(to_markers(self._tracker.update(local_map)))
+
+    def reset(self) -> None:
+        """Forget the elements: what is seen next gets new ids."""
+        self._tracker = ElementTracker()
+
+    def close(self) -> None:
+        """Take the publishers down."""
+        while self._publishers:
+            self._node.destroy_lifecycle_publisher(self._publishers.pop())
