@@ -18,11 +18,9 @@ from tf2_msgs.msg import TFMessage
 
 from nmp import topics
 from nmp.assembly import FrameAssembler
+from nmp.nodes.parameters import SILENT_AFTER
 from nmp.nodes.qos import profile
 from nmp.nodes.settings import Settings
-
-SILENT_AFTER = 2.0
-"""a topic without messages for so long (s, wall time) is reported"""
 
 
 class Inputs:

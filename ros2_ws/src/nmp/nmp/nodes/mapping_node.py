@@ -28,7 +28,7 @@ from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import PARAMETERS
+from nmp.nodes.parameters import PARAMETERS, STOP_TIMEOUT
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
@@ -36,8 +36,6 @@ from nmp.nodes.statistics import RunStatistics
 from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
 
-STOP_TIMEOUT = 30.0
-"""longest wait for the network and the disk when the node is deactivated or ends, s"""
 REFUSED, QUEUE_FULL = "refused by the mapper", "queue full"
 
 

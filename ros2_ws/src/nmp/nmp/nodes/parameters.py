@@ -10,6 +10,11 @@ from enum import Enum
 
 from nmp.frame import CAMERAS
 
+SILENT_AFTER = 2.0
+"""a topic without messages for so long is reported, s of wall time"""
+STOP_TIMEOUT = 30.0
+"""longest wait for the network and the disk when the node is deactivated or ends, s"""
+
 Value = bool | int | float | str | tuple[str, ...]
 
 
@@ -133,3 +138,9 @@ PARAMETERS = (
         high=3600.0,
     ),
 )
+
+PLATFORMS: dict[str, dict[str, Value]] = {
+    "cpu": {"device": "cpu"},
+    "gpu": {"device": "cuda"},
+}
+"""what differs from the defaults on a computer without a GPU, and with one: config/<platform>.yaml"""
