@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from nmp.assembly import FrameAssembler
 from nmp.bags.reader import BagMessage
@@ -443,3 +444,117 @@ def test_limits_are_checked() -> None:
     for limits in ({"max_camera_spread": 0.0}, {"max_pose_age": float("nan")}, {"queue_size": 1}):
         with pytest.raises(NmpError, match=next(iter(limits))):
             FrameAssembler(**limits)
+
+
+# ------------------------------------------------------------------------------ lost cameras, mounting, relocalisation
+
+
+def cameras_of(frames: list[Frame]) -> list[list[str]]:
+    return [[s.camera.name for s in f.shots] for f in frames]
+
+
+def test_a_lost_camera_is_done_without_as_far_as_wanted(stream: Messages) -> None:
+    """The camera is silent for a second; 12 Hz."""
+    topic = image_of("cam_back")
+    shots = [m for m in stream if m.topic == topic]
+    silent = {id(m) for m in shots[6:18]}
+    messages = [m for m in stream if id(m) not in silent]
+    five = [c for c in CAMERAS if c != "cam_back"]
+
+    frames, assembler = run(messages, FrameAssembler(min_cameras=5, max_camera_spread=0.05))
+    assert not assembler.drops and len(frames) == 24
+    assert cameras_of(frames) == [list(CAMERAS)] * 6 + [five] * 12 + [list(CAMERAS)] * 6
+    assert assembler.lost == []
+    # With the default every camera is needed.
+    frames, assembler = run(messages, FrameAssembler(max_camera_spread=0.05))
+    assert len(frames) == 12 and assembler.drops == {"missing camera": 12}
+    # Four are needed, but only three are left.
+    three = [m for m in messages if not any(m.topic == image_of(c) for c in CAMERAS[1:4])]
+    frames, assembler = run(three, FrameAssembler(min_cameras=4))
+    assert not frames and set(assembler.drops) == {"missing camera"}
+
+
+def test_a_lost_camera_is_waited_for_once(stream: Messages) -> None:
+    messages = without(stream, image_of("cam_back_left"))
+    assembler = FrameAssembler(min_cameras=5)
+    delays: list[float] = []
+    newest = 0
+    for message in messages:
+        if message.topic.endswith("compressed"):
+            newest = max(newest, message.stamp_ns)
+        delays += [(newest - f.stamp_ns) / NS for f in feed(assembler, [message])]
+    assert assembler.lost == ["cam_back_left"] and not assembler.drops
+    assert delays[0] > 0.5 and len(delays) >= 20
+    assert max(delays[-10:]) < 0.2  # not the patience of half a second for every frame
+
+
+def test_the_front_camera_alone_goes_on(stream: Messages) -> None:
+    others = [image_of(c) for c in CAMERAS if c != ANCHOR_CAMERA]
+    frames, assembler = run([m for m in stream if m.topic not in others], FrameAssembler(min_cameras=1))
+    assert cameras_of(frames) == [[ANCHOR_CAMERA]] * 24 and not assembler.drops
+    frames, assembler = run(without(stream, image_of(ANCHOR_CAMERA)), FrameAssembler(min_cameras=1))
+    assert not frames and set(assembler.drops) == {"missing camera"}  # it gives the moments
+
+
+def test_damaged_and_uncalibrated_cameras_are_lost_ones(keyframes: Messages) -> None:
+    damaged = changed(keyframes, image_of("cam_back"), 1, lambda m: setattr(m, "data", np.zeros(50, np.uint8)))
+    frames, assembler = run(damaged, FrameAssembler(min_cameras=5))
+    assert [len(f.shots) for f in frames] == [6, 5, 6, 6, 6] and not assembler.drops
+    blind = without(keyframes, "/cam_back/camera_info")
+    frames, assembler = run(blind, FrameAssembler(min_cameras=5))
+    assert [len(f.shots) for f in frames] == [5] * 5 and not assembler.drops
+
+
+def test_a_late_camera_is_not_lost(stream: Messages) -> None:
+    """Messages of one camera arrive 0.3 s after the others: within the patience, nothing is left out."""
+    late = sorted(stream, key=lambda m: m.stamp_ns + (300_000_000 if m.topic == image_of("cam_back") else 0))
+    frames, assembler = run(late, FrameAssembler(min_cameras=1))
+    assert cameras_of(frames) == [list(CAMERAS)] * 24 and not assembler.drops
+
+
+def test_mounting_from_a_file_needs_no_transforms(keyframes: Messages) -> None:
+    prefixes = [f"left/{c}" for c in CAMERAS]
+    mounting = {
+        p: transform_from(*(np.array(v) for v in camera_rig(c))) for p, c in zip(prefixes, CAMERAS, strict=True)
+    }
+    known = FrameAssembler(prefixes=prefixes, extrinsics=mounting)
+    frames, assembler = run(without(keyframes, "/tf_static"), known)
+    expected, _ = run(keyframes)
+    assert len(frames) == 5 and not assembler.drops
+    for frame, other in zip(frames, expected, strict=True):
+        for mine, theirs in zip(frame.shots, other.shots, strict=True):
+            np.testing.assert_allclose(mine.camera.base_from_camera, theirs.camera.base_from_camera, atol=1e-9)
+    _, assembler = run(without(keyframes, image_of("cam_back")), FrameAssembler(prefixes=prefixes))
+    assert "left/cam_back/image_raw" in assembler.last_error["missing camera"]
+
+
+@pytest.mark.parametrize(
+    ("metres", "degrees", "lost"), [(0.4, 0.0, 0), (3.0, 0.0, 1), (0.0, 30.0, 1), (500.0, 90.0, 1)]
+)
+def test_a_relocalisation_costs_the_frame_across_it(stream: Messages, metres: float, degrees: float, lost: int) -> None:
+    """From the middle of the twelfth frame on the pose is another."""
+    middle = START_NS + round(11 / 12 * NS) + 30_000_000
+    turn = Rotation.from_euler("z", degrees, degrees=True)
+
+    def moved_pose(message: BagMessage) -> BagMessage:
+        if message.topic != "/odom" or message.stamp_ns < middle:
+            return message
+        new = copy.deepcopy(message)
+        pose = new.message.pose.pose
+        pose.position.x += metres
+        q = pose.orientation
+        q.x, q.y, q.z, q.w = (turn * Rotation.from_quat([q.x, q.y, q.z, q.w])).as_quat()
+        return new
+
+    frames, assembler = run([moved_pose(m) for m in stream])
+    assert len(frames) == 24 - lost and assembler.drops["pose jump"] == lost
+    assert not lost or "relocalisation" in assembler.last_error["pose jump"]
+
+
+def test_reset_forgets_what_waits_but_no_calibration(keyframes: Messages) -> None:
+    assembler = FrameAssembler()
+    assert len(list(feed(assembler, keyframes))) == 5
+    assembler.reset()
+    calibration = [m for m in keyframes if m.topic.endswith("camera_info") or m.topic in ("/tf_static", "/location")]
+    frames, _ = run([m for m in keyframes if m not in calibration], assembler)
+    assert len(frames) == 5 and not assembler.drops  # the same stamps again, and no clock jump

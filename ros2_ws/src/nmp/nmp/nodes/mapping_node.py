@@ -201,8 +201,10 @@ class MappingNode(ManagedNode):
 
     def _arrived(self, topic: str) -> None:
         """A message is in the assembler: pass on what it completes."""
-        assert self._inputs is not None and self.worker is not None
-        self.statistics.received += topic == self._inputs.anchor_topic
+        inputs, worker = self._inputs, self.worker
+        if inputs is None or worker is None:
+            return  # taken from the middleware before the node stopped to listen
+        self.statistics.received += topic == inputs.anchor_topic
         frames = self.assembler.pop_frames()
         if self.assembler.epoch != self._epoch:
             self._epoch = self.assembler.epoch
@@ -215,7 +217,7 @@ class MappingNode(ManagedNode):
             self.statistics.skip("no subscribers", len(frames))
         else:
             now = time.monotonic()
-            for old in self.worker.offer([Waiting(f, now) for f in frames], self.settings["queue_size"]):
+            for old in worker.offer([Waiting(f, now) for f in frames], self.settings["queue_size"]):
                 text = f"frame {old.frame.stamp_ns}: the network is slower than the cameras: lower their rate"
                 self.statistics.drop(QUEUE_FULL, text)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
-from visualization_msgs.msg import MarkerArray
+from visualization_msgs.msg import Marker, MarkerArray
 
 from nmp import topics
 from nmp.frame import CLASSES, LocalMap
@@ -65,8 +65,10 @@ class Outputs:
             self._vectors.publish(to_markers(self._tracker.update(local_map)))
 
     def reset(self) -> None:
-        """Forget the elements: what is seen next gets new ids."""
+        """Forget the elements, and have everybody delete them: what is seen next gets new ids."""
         self._tracker = ElementTracker()
+        if self._vectors is not None:
+            self._vectors.publish(MarkerArray(markers=[Marker(action=Marker.DELETEALL)]))
 
     def close(self) -> None:
         """Take the publishers down."""

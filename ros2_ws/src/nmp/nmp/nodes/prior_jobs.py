@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from nmp.errors import NmpError
@@ -62,11 +62,21 @@ def load_version(folder: Path, location: str, version: str) -> int:
     return len(ledger.active())
 
 
-def forget(folder: Path, drives: Mapping[str, Record]) -> int:
-    """Leave these drives, by city, out of their cities; return how many there are."""
-    for location, record in drives.items():
-        upkeep.leave_out(ledger_of(folder, location), [record.id])
-    return len(drives)
+def stored(folder: Path) -> set[str]:
+    """Return the ids of all drives of all cities."""
+    cities = [path.parent.name for path in folder.expanduser().glob("*/city.json")]
+    return {drive for name in cities for drive in ledger_of(folder, name, read_only=True).known()}
+
+
+def forget(folder: Path, drives: Mapping[str, Record], before: Container[str]) -> int:
+    """Leave drives, by city, out of their cities; return how many.
+
+    :param before: ids of those that were stored before they were driven: a recording that is played twice counts once
+    """
+    new = {location: record.id for location, record in drives.items() if record.id not in before}
+    for location, drive in new.items():
+        upkeep.leave_out(ledger_of(folder, location), [drive])
+    return len(new)
 
 
 def export_city(folder: Path, location: str, name: str) -> tuple[Path, int]:

@@ -127,9 +127,10 @@ class Services:
         self._node.begin_anew()
 
         def job() -> Answer:
+            before = prior_jobs.stored(mapper.prior_dir) if request.forget_drive else set()
             added = mapper.close()
             self._node.outputs.reset()
-            count = prior_jobs.forget(mapper.prior_dir, added) if request.forget_drive else 0
+            count = prior_jobs.forget(mapper.prior_dir, added, before) if request.forget_drive else 0
             return {"message": f"begun anew; {count} drives are left out"}
 
         return worker.submit(job)
