@@ -551,6 +551,14 @@ def test_a_relocalisation_costs_the_frame_across_it(stream: Messages, metres: fl
     assert not lost or "relocalisation" in assembler.last_error["pose jump"]
 
 
+def test_frames_come_no_faster_than_wanted(stream: Messages) -> None:
+    frames, assembler = run(stream, FrameAssembler(max_rate=4.0))
+    # 12 Hz: every third image of the front camera
+    assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in run(stream)[0]][::3]
+    assert assembler.skipped == 16 and not assembler.drops
+    assert len(run(stream, FrameAssembler(max_rate=20.0))[0]) == 24
+
+
 def test_reset_forgets_what_waits_but_no_calibration(keyframes: Messages) -> None:
     assembler = FrameAssembler()
     assert len(list(feed(assembler, keyframes))) == 5

@@ -77,6 +77,8 @@ class Limits:
     """how far (s, in stamps) the other images may run on before a late message is given up"""
     min_cameras: int = len(CAMERAS)
     """cameras that a frame needs, the anchor among them; those that are lost are left out"""
+    max_rate: float = 0.0
+    """frames a second (of stamps) at most: anchor images between them are left alone; 0: every one makes a frame"""
 
     def __post_init__(self) -> None:
         for name, value in (("max_camera_spread", self.max_camera_spread), ("max_pose_age", self.max_pose_age)):
@@ -84,6 +86,8 @@ class Limits:
                 raise NmpError(f"{name} is {value}: give a time above 0 s")
         if not 1 <= self.min_cameras <= len(CAMERAS):
             raise NmpError(f"min_cameras is {self.min_cameras}: choose 1 to {len(CAMERAS)}")
+        if not (math.isfinite(self.max_rate) and self.max_rate >= 0):
+            raise NmpError(f"max_rate is {self.max_rate}: give frames a second, or 0 for all")
 
     @property
     def spread_ns(self) -> int:
@@ -96,6 +100,11 @@ class Limits:
     @property
     def patience_ns(self) -> int:
         return round(self.patience * NS)
+
+    @property
+    def interval_ns(self) -> int:
+        """Least time between two anchors; a tenth less, because cameras are not exact."""
+        return round(0.9 * NS / self.max_rate) if self.max_rate else 0
 
 
 class FrameAssembler:
@@ -113,6 +122,7 @@ class FrameAssembler:
         max_pose_age: float = 0.2,
         patience: float = 0.5,
         min_cameras: int = len(CAMERAS),
+        max_rate: float = 0.0,
         queue_size: int = 10,
         prefixes: Sequence[str] = CAMERAS,
         extrinsics: Mapping[str, Array] | None = None,
@@ -125,12 +135,14 @@ class FrameAssembler:
         """
         if queue_size < 2:
             raise NmpError(f"queue_size is {queue_size}: at least 2 images per camera are needed")
-        self.limits = Limits(max_camera_spread, max_pose_age, patience, min_cameras)
+        self.limits = Limits(max_camera_spread, max_pose_age, patience, min_cameras, max_rate)
         """may be replaced at any time"""
         self.prefixes = dict(zip(CAMERAS, prefixes, strict=True))
         """camera -> prefix of its topics"""
         self.drops: Counter[str] = Counter()
         """frames and messages that could not be used, by cause"""
+        self.skipped = 0
+        """anchor images that made no frame because of ``max_rate``"""
         self.last_error: dict[str, str] = {}
         """the latest text for each cause: what is wrong and what to do"""
         self.notes: dict[str, str] = {}
@@ -152,6 +164,7 @@ class FrameAssembler:
         self._newest: dict[str, int] = {}  # stream -> newest stamp
         self._poses: list[_Pose] = []
         self._anchors_seen: deque[int] = deque(maxlen=8 * self._queue_size)
+        self._next_anchor_ns = -(2**63)
         self._closed_ns = -(2**63)  # anchors up to this are answered or given up
         self._orphans: deque[int] = deque(maxlen=8 * self._queue_size)  # moments without an anchor, counted once
         self._ready: list[Frame] = []
@@ -255,6 +268,10 @@ class FrameAssembler:
             if stamp <= self._closed_ns:
                 return self._drop("late image", f"{topic}: image of {seconds(stamp)} came after its frame was closed")
             self._anchors_seen.append(stamp)
+            if stamp < self._next_anchor_ns:
+                self.skipped += 1
+                return
+            self._next_anchor_ns = stamp + self.limits.interval_ns
         queue.insert(at, picture_of(topic, stamp, msg))
         if len(queue) > self._queue_size:
             if name == ANCHOR_CAMERA:

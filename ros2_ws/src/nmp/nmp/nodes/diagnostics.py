@@ -62,6 +62,7 @@ class Reports:
                 "frames waiting": now.waiting,
                 **{f"dropped: {cause}": count for cause, count in sorted(drops.items())},
                 **{f"skipped: {cause}": count for cause, count in sorted(statistics.skips.items())},
+                **({"skipped: max_rate": assembler.skipped} if assembler.skipped else {}),
                 "rate frames (Hz)": f"{answered / seconds:.1f}",
                 **self._rates(now, seconds),
                 "latency median (s)": f"{statistics.latency(50, newest=100):.3f}",

@@ -34,6 +34,8 @@ class Inputs:
     ) -> None:
         self.counts: Counter[str] = Counter()
         """messages received, by topic"""
+        self.busy_s = 0.0
+        """time spent in callbacks since somebody set this to zero, s"""
         self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
         self._node = node
         self._arrived = arrived
@@ -66,10 +68,12 @@ class Inputs:
         self, kind: type, topic: str, qos: topics.TopicQos, take: Callable[[Any], None], *, steady: bool = False
     ) -> None:
         def on_message(msg: Any) -> None:
-            self._heard[topic] = time.monotonic(), self._now_ns()
+            begin = time.monotonic()
+            self._heard[topic] = begin, self._now_ns()
             self.counts[topic] += 1
             take(msg)
             self._arrived(topic)
+            self.busy_s += time.monotonic() - begin
 
         self.counts[topic] = 0
         if steady:

@@ -195,7 +195,8 @@ class MappingNode(ManagedNode):
     def _apply(self, changed: set[str]) -> None:
         """Let parameters that may change at any time take effect."""
         s = self.settings
-        self.assembler.limits = Limits(s["max_camera_spread"], s["max_pose_age"], min_cameras=s["min_cameras"])
+        names = ("max_camera_spread", "max_pose_age", "min_cameras", "max_rate")
+        self.assembler.limits = Limits(**{name: s[name] for name in names})
 
     # ------------------------------------------------------------------------------------------------------- frames
 
@@ -217,7 +218,8 @@ class MappingNode(ManagedNode):
             self.statistics.skip("no subscribers", len(frames))
         else:
             now = time.monotonic()
-            for old in worker.offer([Waiting(f, now) for f in frames], self.settings["queue_size"]):
+            each, inputs.busy_s = inputs.busy_s / len(frames), 0.0
+            for old in worker.offer([Waiting(f, now, each) for f in frames], self.settings["queue_size"]):
                 text = f"frame {old.frame.stamp_ns}: the network is slower than the cameras: lower their rate"
                 self.statistics.drop(QUEUE_FULL, text)
 
@@ -242,7 +244,8 @@ class MappingNode(ManagedNode):
             mapped = time.monotonic()
             self.outputs.publish_layers(local_map)
             end = time.monotonic()
-            stages = {"waiting": begin - waiting.received_s, **mapper.stages_s, "publishing": end - mapped}
+            before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
+            stages = {**before, **mapper.stages_s, "publishing": end - mapped}
             self.statistics.answer(end - waiting.received_s, stages)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""

@@ -116,6 +116,14 @@ PARAMETERS = (
         high=10.0,
     ),
     Parameter(
+        "max_rate",
+        0.0,
+        "Frames a second, in stamps, that are mapped at most; images in between are left alone; 0: all are mapped.",
+        Change.ALWAYS,
+        low=0.0,
+        high=100.0,
+    ),
+    Parameter(
         "queue_size",
         2,
         "Frames that may wait for the network; when full, the oldest is dropped.",
@@ -140,7 +148,7 @@ PARAMETERS = (
 )
 
 PLATFORMS: dict[str, dict[str, Value]] = {
-    "cpu": {"device": "cpu"},
+    "cpu": {"device": "cpu", "max_rate": 4.0},
     "gpu": {"device": "cuda"},
 }
 """what differs from the defaults on a computer without a GPU, and with one: config/<platform>.yaml"""

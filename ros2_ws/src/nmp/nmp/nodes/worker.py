@@ -18,6 +18,8 @@ class Waiting(NamedTuple):
     frame: Frame
     received_s: float
     """when its last message came, monotonic clock"""
+    assembling_s: float
+    """time that its messages took in callbacks"""
 
 
 class Worker:
