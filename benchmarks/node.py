@@ -4,8 +4,8 @@
 
 The bag is played in a loop. Prints (and writes) JSON: frames asked for, answered and lost by cause,
 latency from a frame's last message to its layers (s), median seconds of each stage, the share of ROS in them (taking
-messages apart and layers out; DDS itself is not in it), and the node's memory (MB) a quarter into the run and at its end.
-"Lost" leaves out what a jump back to the begin of the bag costs by design.
+messages apart and layers out; DDS itself is not in it), and the node's memory (MB) after a quarter and at the end. "Lost"
+leaves out what a jump back to the begin of the bag costs by design.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import yaml
 from nmp.frame import CAMERAS, CLASSES
 from nmp.nodes import reference
 from nmp.nodes.parameters import PARAMETERS, PLATFORMS
-from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, image_topic, layer_topic
+from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -208,7 +208,7 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
             shown[topic["Value"]] = SimpleNamespace(
                 kind=display["Class"], durability=topic["Durability Policy"], reliability=topic["Reliability Policy"]
             )
-    layers = {private(layer_topic(name)) for name in CLASSES}
+    layers = {private(topic(name)) for name in CLASSES for topic in (layer_topic, city_topic)}
     pictures = {private(BEV), *(absolute(image_topic(camera)) for camera in CAMERAS)}
     assert set(shown) == layers | pictures | {private(VECTORS)}
     for topic in (*layers, private(VECTORS)):

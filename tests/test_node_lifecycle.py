@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.ros_fixtures import Ros, ros, until
@@ -22,6 +23,7 @@ pytest.importorskip("nmp_msgs")
 from diagnostic_msgs.msg import DiagnosticStatus  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState  # noqa: E402
+from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import ExportPrior, LoadPrior, PauseMapping, ResetMapping, SavePrior  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
@@ -31,7 +33,7 @@ from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 from nmp import topics  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.nodes import interface, prior_jobs  # noqa: E402
-from nmp.nodes.conversions import to_time  # noqa: E402
+from nmp.nodes.conversions import to_ns, to_time  # noqa: E402
 from nmp.nodes.mapping_node import MappingNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.settings import Settings  # noqa: E402
@@ -339,6 +341,29 @@ def test_reset_begins_anew(world: Ros, drive: Path) -> None:
     assert until(lambda: any(m.action == Marker.DELETEALL for a in arrays for m in a.markers))
     play(rig, drive)  # the stamps go back: no clock jump after a reset
     assert answered(rig, 8) and not rig.drops
+
+
+def test_the_city_is_what_was_seen_so_far(world: Ros, drive: Path) -> None:
+    rig = Rig(world, queue_size=10, city_period=0.1)
+    play(rig, drive)
+    assert answered(rig, 4)
+    grids: list[OccupancyGrid] = []
+    latched = profile(topics.LATCHED)
+    rig.probe.create_subscription(OccupancyGrid, "/mapping_node/city/crossing", grids.append, latched)
+    time.sleep(0.3)
+    assert not grids  # nobody listened while there were frames
+    play(rig, drive)
+    assert answered(rig, 8) and until(lambda: grids and to_ns(grids[-1].header.stamp) == rig.mapper.frames[-1].stamp_ns)
+    info = grids[-1].info
+    cells = np.array(grids[-1].data, np.int8).reshape(info.height, info.width)
+    assert info.resolution == pytest.approx(0.6) and grids[-1].header.frame_id == "map"
+    corner = info.origin.position
+    for frame in rig.mapper.frames:
+        # under the car and two metres around it everything was seen, and the random layers have something in each cell
+        col, row = np.floor((frame.map_from_base[:2, 3] - (corner.x, corner.y)) / 0.6).astype(int)
+        assert (cells[row - 1 : row + 2, col - 1 : col + 2] > 60).all()
+    assert (cells == -1).any() and cells.shape < (120, 120)
+    assert (cells >= 0).any(axis=0).all() and (cells >= 0).any(axis=1).all()  # no larger than needed
 
 
 def test_prior_services_on_a_real_prior(world: Ros, drive: Path, tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ def layer_topic(name: str) -> str:
     return f"~/layers/{name}"
 
 
+def city_topic(name: str) -> str:
+    """Return the (private) topic of a layer of the whole city, for instance ``~/city/divider``."""
+    return f"~/city/{name}"
+
+
 def optical_frame(camera: str) -> str:
     """Return the TF frame of a camera: x right, y down, z forward."""
     return f"{camera}_optical_frame"

@@ -50,6 +50,12 @@ OUTPUTS = (
         Topic(topics.layer_topic(name), "nav_msgs/msg/OccupancyGrid", f"{name}: 0 to 100 %, -1 where never seen", True)
         for name in CLASSES
     ),
+    *(
+        Topic(
+            topics.city_topic(name), "nav_msgs/msg/OccupancyGrid", f"{name}, all that this run has seen; coarse", True
+        )
+        for name in CLASSES
+    ),
     Topic(topics.MAPPED_LOCATION, "std_msgs/msg/String", "the city that the layers are of", True),
     Topic(topics.VECTORS, "visualization_msgs/msg/MarkerArray", "elements around the car, with lasting ids", True),
     Topic(topics.BEV, "sensor_msgs/msg/Image", "the layers as a picture, for looking"),

@@ -146,7 +146,7 @@ class MappingNode(ManagedNode):
         self.assembler = FrameAssembler(prefixes=s["cameras"], extrinsics=extrinsics)
         self._apply(set())
         self.mapper = self._make_mapper(s)
-        self.outputs = Outputs(self, self._draw, vectors=s["vectors"])
+        self.outputs = Outputs(self, self._draw, vectors=s["vectors"], city_period_s=s["city_period"])
         self.worker = Worker(self._answer)
 
     def _activate(self) -> None:

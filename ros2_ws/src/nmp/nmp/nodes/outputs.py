@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,8 @@ from visualization_msgs.msg import Marker, MarkerArray
 
 from nmp import topics
 from nmp.frame import CLASSES, LocalMap
-from nmp.nodes.conversions import to_image, to_markers, to_occupancy_grids
+from nmp.nodes.city import CitySoFar
+from nmp.nodes.conversions import to_city_grids, to_image, to_markers, to_occupancy_grids
 from nmp.nodes.qos import profile
 from nmp.vectors.tracker import ElementTracker
 
@@ -31,7 +33,7 @@ def draw_picture(local_map: LocalMap) -> NDArray[np.uint8]:
 class Outputs:
     """The publishers of a configured node; they publish only while it is active."""
 
-    def __init__(self, node: LifecycleNode, draw: Draw, *, vectors: bool) -> None:
+    def __init__(self, node: LifecycleNode, draw: Draw, *, vectors: bool, city_period_s: float) -> None:
         self._node = node
         self._draw = draw
         create = node.create_lifecycle_publisher
@@ -40,7 +42,12 @@ class Outputs:
         self._location = create(String, topics.MAPPED_LOCATION, profile(topics.LATCHED))
         self._picture = create(Image, topics.BEV, profile(topics.PICTURE))
         self._vectors = create(MarkerArray, topics.VECTORS, profile(topics.LATCHED)) if vectors else None
-        self._publishers = [*self._layers.values(), self._location, self._picture]
+        self._period_s = city_period_s
+        names = CLASSES if city_period_s else ()
+        self._city = {c: create(OccupancyGrid, topics.city_topic(c), profile(topics.LATCHED)) for c in names}
+        self._so_far = CitySoFar()
+        self._listeners, self._shown_s = 0, 0.0  # of ~/city; when it was last published, monotonic clock
+        self._publishers = [*self._layers.values(), *self._city.values(), self._location, self._picture]
         self._publishers += [self._vectors] if self._vectors else []
         self._tracker = ElementTracker()
 
@@ -58,19 +65,32 @@ class Outputs:
             self._layers[name].publish(grid)
 
     def publish_extras(self, local_map: LocalMap) -> None:
-        """Publish picture and elements, where somebody listens."""
+        """Publish picture, elements and city, where somebody listens."""
         if self._picture.get_subscription_count():
             self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
         if self._vectors is not None and self._vectors.get_subscription_count():
             self._vectors.publish(to_markers(self._tracker.update(local_map)))
+        if self._city:
+            self._so_far.add(local_map)
+            self._publish_city(local_map.stamp_ns)
+
+    def _publish_city(self, stamp_ns: int) -> None:
+        """Publish the city when it is time for it, and at once for who has just come."""
+        before, self._listeners = self._listeners, sum(p.get_subscription_count() for p in self._city.values())
+        if self._listeners > before or (self._listeners and time.monotonic() - self._shown_s >= self._period_s):
+            self._shown_s = time.monotonic()
+            for name, grid in to_city_grids(self._so_far.overview(), stamp_ns).items():
+                self._city[name].publish(grid)
 
     def reset(self) -> None:
-        """Forget the elements, and have everybody delete them: what is seen next gets new ids."""
+        """Forget the city and the elements, and have everybody delete them: what is seen next gets new ids."""
         self._tracker = ElementTracker()
+        self._so_far.clear()
         if self._vectors is not None:
             self._vectors.publish(MarkerArray(markers=[Marker(action=Marker.DELETEALL)]))
 
     def close(self) -> None:
         """Take the publishers down."""
+        self._so_far.close()
         while self._publishers:
             self._node.destroy_lifecycle_publisher(self._publishers.pop())

@@ -90,6 +90,13 @@ PARAMETERS = (
         choices=("odometry", "pose_with_covariance"),
     ),
     Parameter("vectors", True, "Publish lines and polygons on ~/vectors while somebody listens; false: never."),
+    Parameter(
+        "city_period",
+        5.0,
+        "Seconds between two messages on ~/city while somebody listens; 0: never, and nothing is added up for it.",
+        low=0.0,
+        high=3600.0,
+    ),
     Parameter("stats_file", "", "JSON file to write counts and latency to at the end; empty: none."),
     Parameter(
         "min_cameras",
