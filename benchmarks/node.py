@@ -2,9 +2,9 @@
 
     python benchmarks/node.py BAG --seconds 120 [--rate 1.0] [--set min_cameras=5 ...] [--out node.json]
 
-The bag is played in a loop. Prints (and writes) JSON: frames asked for, answered and lost by cause,
-latency from a frame's last message to its layers (s), median seconds of each stage, the share of ROS in them (taking
-messages apart and layers out; DDS itself is not in it), and the node's memory (MB) after a quarter and at the end. "Lost"
+The bag is played in a loop. Prints (and writes) JSON: frames asked for, answered and lost by cause, latency from a
+frame's last message to its layers (s), median seconds of each stage, the share of ROS in them (taking messages
+apart and layers out; DDS itself is not in it), and the node's memory (MB) after a quarter and at the end. "Lost"
 leaves out what a jump back to the begin of the bag costs by design.
 """
 
