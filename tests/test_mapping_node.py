@@ -158,6 +158,12 @@ class Rig:
         """Whether a diagnostic of this level with this text was published."""
         return until(lambda: any(s.level == level and part in s.message for s in self.statuses), 5.0)
 
+    def report(self) -> DiagnosticStatus:
+        """The next diagnostic."""
+        count = len(self.statuses)
+        assert until(lambda: len(self.statuses) > count, 5.0)
+        return self.statuses[-1]
+
     def save(self) -> SavePrior.Response:
         client = self.probe.create_client(SavePrior, "/mapping_node/save_prior")
         assert client.wait_for_service(timeout_sec=5)

@@ -31,12 +31,15 @@ from std_msgs.msg import String  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
+from nmp.assembly import FrameAssembler  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.nodes import interface, prior_jobs  # noqa: E402
 from nmp.nodes.conversions import to_ns, to_time  # noqa: E402
+from nmp.nodes.diagnostics import Condition, Reports  # noqa: E402
 from nmp.nodes.mapping_node import MappingNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.settings import Settings  # noqa: E402
+from nmp.nodes.statistics import RunStatistics  # noqa: E402
 from nmp.prior.ledger import Ledger  # noqa: E402
 from nmp.prior.storage import Storage  # noqa: E402
 from tests.bag_fixtures import LOCATION, START_NS, bag_messages, make_bag, write_messages  # noqa: E402
@@ -122,6 +125,11 @@ def test_the_whole_life(world: Ros, drive: Path) -> None:
         assert rig.node.state == "active" and until(lambda: listeners(rig) == 1)
         play(rig, drive)
         assert answered(rig, 4 * count) and not rig.drops
+        told = {v.key: v.value for v in rig.report().values}
+        assert told["state"] == "active" and told["frames answered"] == str(4 * count)
+        stages = ("assembling", "waiting", "network", "publishing")
+        assert all(float(told[f"latency {stage} (s)"]) >= 0 for stage in stages)
+        assert told["prior tiles"] == "7" and told["cameras lost"] == "none"
         mapper = making.made[-1]()
         assert mapper is not None
         assert change(rig, Transition.TRANSITION_DEACTIVATE)
@@ -256,7 +264,7 @@ def test_pause_and_idle(world: Ros, drive: Path) -> None:
     assert answered(rig, 4)
     for subscription in list(rig.probe.subscriptions):
         rig.probe.destroy_subscription(subscription)
-    assert until(lambda: not rig.node.outputs.wanted)
+    assert until(lambda: rig.node.outputs is not None and not rig.node.outputs.wanted)
     play(rig, drive)
     assert rig.node.statistics.skips == {"paused": 4, "no subscribers": 4} and len(rig.mapper.frames) == 4
     assert rig.drops == {"clock jump": 2}
@@ -344,7 +352,7 @@ def test_reset_begins_anew(world: Ros, drive: Path) -> None:
 
 
 def test_the_city_is_what_was_seen_so_far(world: Ros, drive: Path) -> None:
-    rig = Rig(world, queue_size=10, city_period=0.1)
+    rig = Rig(world, queue_size=10, city_period=1e-3)
     play(rig, drive)
     assert answered(rig, 4)
     grids: list[OccupancyGrid] = []
@@ -417,3 +425,25 @@ def test_paths_stay_in_the_folder_of_the_prior(tmp_path: Path, name: str) -> Non
     with pytest.raises(prior_jobs.Refused):
         prior_jobs.confined(folder, name)
     assert prior_jobs.confined(folder, "x.zip") == folder / "x.zip"
+
+
+def test_rates_are_those_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("nmp.nodes.diagnostics.time.monotonic", lambda: now)
+    reports, statistics, assembler = Reports("n"), RunStatistics(), FrameAssembler()
+    received = {"odom": 0, "cam_front/image_raw/compressed": 5, "location": 1}
+
+    def told(**condition: Any) -> dict[str, str]:
+        made = reports.make(Condition("active", received=received, **condition), statistics, assembler)
+        return {v.key: v.value for v in made.values}
+
+    told()
+    now += 2.0
+    received = {"odom": 40, "cam_front/image_raw/compressed": 29, "location": 2}
+    for _ in range(4):
+        statistics.answer(0.2, {"network": 0.1})
+    values = told(prior={"tiles": 12})
+    rates = {k: v for k, v in values.items() if k.startswith("rate")}
+    images = "rate cam_front/image_raw/compressed (Hz)"
+    assert rates == {"rate frames (Hz)": "2.0", "rate odom (Hz)": "20.0", images: "12.0"}
+    assert (values["latency network (s)"], values["prior tiles"]) == ("0.1000", "12")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 import threading
 import time
@@ -36,6 +37,8 @@ from nmp.nodes.statistics import RunStatistics
 from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
 
+PRIOR_EVERY = 10.0
+"""time between two looks at the size of the prior, s: they take a few milliseconds"""
 REFUSED, QUEUE_FULL = "refused by the mapper", "queue full"
 
 
@@ -93,11 +96,13 @@ class MappingNode(ManagedNode):
         self.statistics = RunStatistics()
         self.mapper: Mapper | None = None
         self.worker: Worker | None = None
-        self.outputs: Outputs
+        self.outputs: Outputs | None = None
         self.assembler = FrameAssembler()
         self._make_mapper, self._draw, self._stop = make_mapper, draw, stop
         self._inputs: Inputs | None = None
         self._newest_ns = 0
+        self._prior_size: Mapping[str, int] = {}
+        self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
         self._epoch = 0
         self._reports = Reports(self.get_name())
         self._failing = ""  # text of the last frame's failure; empty when it was answered
@@ -184,7 +189,9 @@ class MappingNode(ManagedNode):
         if self.worker is not None:
             self.worker.close(STOP_TIMEOUT)
             self.worker = None
+        if self.outputs is not None:
             self.outputs.close()
+            self.outputs = None
 
     def _end(self) -> None:
         try:
@@ -203,7 +210,7 @@ class MappingNode(ManagedNode):
     def _arrived(self, topic: str) -> None:
         """A message is in the assembler: pass on what it completes."""
         inputs, worker = self._inputs, self.worker
-        if inputs is None or worker is None:
+        if inputs is None or worker is None or self.outputs is None:
             return  # taken from the middleware before the node stopped to listen
         self.statistics.received += topic == inputs.anchor_topic
         frames = self.assembler.pop_frames()
@@ -235,21 +242,25 @@ class MappingNode(ManagedNode):
 
     def _answer(self, waiting: Waiting) -> None:
         """Map one frame and publish it; in the worker's thread."""
-        mapper = self.mapper
-        if mapper is None:
+        mapper, outputs = self.mapper, self.outputs
+        if mapper is None or outputs is None:
             return
         begin = time.monotonic()
         try:
             local_map = mapper.update(waiting.frame)
+            if self.outputs is not outputs:
+                return  # it took so long that the node has given it up
             mapped = time.monotonic()
-            self.outputs.publish_layers(local_map)
+            outputs.publish_layers(local_map)
             end = time.monotonic()
             before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
             stages = {**before, **mapper.stages_s, "publishing": end - mapped}
             self.statistics.answer(end - waiting.received_s, stages)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
-            self.outputs.publish_extras(local_map)
+            outputs.publish_extras(local_map)
+            if end - self._prior_at_s > PRIOR_EVERY:
+                self._prior_size, self._prior_at_s = mapper.prior_size(), end
         except NmpError as exc:
             self._fail(REFUSED, str(exc))
         except Exception as exc:  # the node lives on: the next frame may be a better one
@@ -272,7 +283,7 @@ class MappingNode(ManagedNode):
             waiting=self.worker.waiting if self.worker else 0,
             silent=inputs.silent() if inputs else (),
             received=inputs.counts if inputs else {},
-            prior=mapper.prior_size() if mapper else {},
+            prior=self._prior_size,
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
         status = self._reports.make(condition, self.statistics, self.assembler)

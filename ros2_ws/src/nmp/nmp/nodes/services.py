@@ -122,6 +122,8 @@ class Services:
 
     def _reset(self, request: ResetMapping.Request) -> Future[Answer]:
         mapper, worker = self._active()
+        outputs = self._node.outputs
+        assert outputs is not None  # an active node has them
         if request.forget_drive and not self._node.settings["use_prior"]:
             raise NotReady("there is nothing to forget: the node runs without a prior (parameter 'use_prior')")
         self._node.begin_anew()
@@ -129,7 +131,7 @@ class Services:
         def job() -> Answer:
             before = prior_jobs.stored(mapper.prior_dir) if request.forget_drive else set()
             added = mapper.close()
-            self._node.outputs.reset()
+            outputs.reset()
             count = prior_jobs.forget(mapper.prior_dir, added, before) if request.forget_drive else 0
             return {"message": f"begun anew; {count} drives are left out"}
 
