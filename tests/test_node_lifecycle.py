@@ -270,6 +270,15 @@ def test_pause_and_idle(world: Ros, drive: Path) -> None:
     assert rig.drops == {"clock jump": 2}
 
 
+def test_no_frame_is_lost_where_a_recording_begins_again(world: Ros, drive: Path) -> None:
+    """The network is slow: frames of the first round wait for it while the second begins."""
+    rig = Rig(world, FakeMapper(seconds=0.15), queue_size=10)
+    rig.play(drive, rate=10.0, seconds=0.0)
+    rig.play(drive, rate=10.0, seconds=0.0)
+    assert answered(rig, 8)
+    assert rig.drops == {"clock jump": 1}  # that it was noticed; nothing is lost
+
+
 def test_simulated_time_that_stands_still_is_no_silence(world: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmp.nodes.inputs.SILENT_AFTER", 0.4)
     rig = Rig(world, use_sim_time=True)

@@ -168,12 +168,9 @@ class FrameAssembler:
         self._closed_ns = -(2**63)  # anchors up to this are answered or given up
         self._orphans: deque[int] = deque(maxlen=8 * self._queue_size)  # moments without an anchor, counted once
         self._ready: list[Frame] = []
-        self._lost: set[str] = set()  # cameras that the last frame was given up waiting for
-
-    @property
-    def lost(self) -> list[str]:
-        """Prefixes of the cameras that frames are made without at present."""
-        return [prefix for camera, prefix in self.prefixes.items() if camera in self._lost]
+        self._lost: set[str] = set()  # cameras that are not waited for: none of their images came since a frame
+        self.lost: dict[str, str] = {}
+        """prefixes of the cameras that the last frame was made without, and why"""
 
     def reset(self) -> None:
         """Forget every image and pose: a new time line. Calibration and location stay."""
@@ -364,12 +361,13 @@ class FrameAssembler:
             )
         except (ValueError, TypeError) as exc:
             raise _Refused("bad image", f"images at {seconds(anchor.stamp_ns)} cannot be unpacked ({exc})") from exc
-        self._lost = lost
+        self._lost = set(lost)
+        self.lost = {self.prefixes[name]: text for name, text in lost.items()}
         ego = poses[ANCHOR_CAMERA]
         return Frame(anchor.stamp_ns, self.location, ego.map_from_base, shots, ego.position_std, ego.yaw_std)
 
-    def _pictures(self, anchor: Picture, final: bool) -> tuple[dict[str, Picture], set[str]]:
-        """Return the images that belong to an anchor, in the order of ``CAMERAS``, and the cameras that have none.
+    def _pictures(self, anchor: Picture, final: bool) -> tuple[dict[str, Picture], dict[str, str]]:
+        """Return the images that belong to an anchor, in the order of ``CAMERAS``, and why cameras have none.
 
         A camera is done without, as far as ``min_cameras`` allows, when its image will not come or cannot be used.
         One that was done without before is not waited for.
@@ -391,7 +389,7 @@ class FrameAssembler:
         too_few = ANCHOR_CAMERA in faults or len(pictures) < self.limits.min_cameras
         if hopeless or waited_for or too_few:
             raise next(iter((refused if hopeless else waited_for or faults).values()))
-        return pictures, set(faults)
+        return pictures, {name: str(exc) for name, exc in faults.items()}
 
     def _check_size(self, name: str, picture: Picture) -> None:
         camera = self._camera(name)

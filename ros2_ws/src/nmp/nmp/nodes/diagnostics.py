@@ -105,7 +105,8 @@ def _judge(
     if worst:
         return DiagnosticStatus.WARN, f"{worst}: {texts[worst]}"
     if assembler.lost:
-        return DiagnosticStatus.WARN, f"mapping without {', '.join(assembler.lost)}: check the topics of these cameras"
+        why = next(iter(assembler.lost.values()))
+        return DiagnosticStatus.WARN, f"mapping without {', '.join(assembler.lost)}: {why}"
     if assembler.notes:
         return DiagnosticStatus.WARN, next(iter(assembler.notes.values()))
     if now.paused:

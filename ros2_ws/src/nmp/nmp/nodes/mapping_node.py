@@ -103,7 +103,6 @@ class MappingNode(ManagedNode):
         self._newest_ns = 0
         self._prior_size: Mapping[str, int] = {}
         self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
-        self._epoch = 0
         self._reports = Reports(self.get_name())
         self._failing = ""  # text of the last frame's failure; empty when it was answered
         self.settings = Settings(self, PARAMETERS, lambda: self.state == "unconfigured", self._apply)
@@ -158,7 +157,6 @@ class MappingNode(ManagedNode):
         if self.mapper is None:  # it was deactivated before
             self.mapper = self._make_mapper(self.settings)
         self.assembler.reset()
-        self._epoch = self.assembler.epoch
         self.paused = False
         self._inputs = Inputs(self, self.settings, self.assembler, self._arrived)
         self.get_logger().info(f"ready; waiting for {len(self.assembler.prefixes)} cameras and {topics.ODOM}")
@@ -213,10 +211,8 @@ class MappingNode(ManagedNode):
         if inputs is None or worker is None or self.outputs is None:
             return  # taken from the middleware before the node stopped to listen
         self.statistics.received += topic == inputs.anchor_topic
+        # A frame that is complete stays one when the clock jumps: what waits for the network is mapped all the same.
         frames = self.assembler.pop_frames()
-        if self.assembler.epoch != self._epoch:
-            self._epoch = self.assembler.epoch
-            self._drop_waiting("clock jump", "a frame from before the jump waited for the network")
         if not frames:
             return
         if self.paused:
@@ -237,7 +233,6 @@ class MappingNode(ManagedNode):
     def begin_anew(self) -> None:
         """Drop what waits and what is being put together."""
         self.assembler.reset()
-        self._epoch = self.assembler.epoch
         self._drop_waiting("reset", "a frame from before the reset waited for the network")
 
     def _answer(self, waiting: Waiting) -> None:
