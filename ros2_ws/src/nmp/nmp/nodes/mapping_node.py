@@ -131,8 +131,9 @@ class MappingNode(ManagedNode):
         return self.transition(self._clean_up, super().on_cleanup, state)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._stop.set()
-        return self.transition(self._end, super().on_shutdown, state)
+        out = self.transition(self._end, super().on_shutdown, state)
+        self._stop.set()  # the process ends, whoever asked for it
+        return out
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Release everything after a transition that broke halfway, so that the node can be configured again."""
@@ -239,7 +240,7 @@ class MappingNode(ManagedNode):
         """Map one frame and publish it; in the worker's thread."""
         mapper, outputs = self.mapper, self.outputs
         if mapper is None or outputs is None:
-            return
+            return self.statistics.drop("node ended", "the frame still waited for the network")
         begin = time.monotonic()
         try:
             local_map = mapper.update(waiting.frame)
