@@ -55,7 +55,8 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world() -> Iterator[Ros]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ros]:
+    monkeypatch.setattr("nmp.nodes.mapping_node.REPORT_PERIOD", 0.1)
     with ros() as r:
         yield r
 

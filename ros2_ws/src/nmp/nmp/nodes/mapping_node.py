@@ -29,7 +29,7 @@ from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import PARAMETERS, STOP_TIMEOUT
+from nmp.nodes.parameters import PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
@@ -109,7 +109,7 @@ class MappingNode(ManagedNode):
         self.services_offered = Services(self)
         self._diagnostics = self.create_publisher(DiagnosticArray, topics.DIAGNOSTICS, 10)
         # Steady time: diagnostics must come also when /clock does not.
-        self.create_timer(1.0, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_timer(REPORT_PERIOD, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
         if self.settings["autostart"]:
             self.quiet = True  # the error is told once
             if self.trigger_configure() != SUCCESS or self.trigger_activate() != SUCCESS:

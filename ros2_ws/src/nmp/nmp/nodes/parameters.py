@@ -12,6 +12,8 @@ from nmp.frame import CAMERAS
 
 SILENT_AFTER = 2.0
 """a topic without messages for so long is reported, s of wall time"""
+REPORT_PERIOD = 1.0
+"""time between two messages on /diagnostics, s of wall time"""
 STOP_TIMEOUT = 30.0
 """longest wait for the network and the disk when the node is deactivated or ends, s"""
 
