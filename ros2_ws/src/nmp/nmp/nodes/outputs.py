@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 from nav_msgs.msg import OccupancyGrid
@@ -50,6 +52,8 @@ class Outputs:
         self._publishers = [*self._layers.values(), *self._city.values(), self._location, self._picture]
         self._publishers += [self._vectors] if self._vectors else []
         self._tracker = ElementTracker()
+        # Pictures take a second of imports: beside everything else, or the first frame would hold up those behind it.
+        threading.Thread(target=import_module, args=("nmp.draw",), name="imports", daemon=True).start()
 
     @property
     def wanted(self) -> bool:
