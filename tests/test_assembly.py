@@ -414,6 +414,22 @@ def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> No
     assert assembler.epoch == 1
 
 
+def test_what_is_lost_at_a_jump_is_counted_and_what_is_complete_is_not_lost(stream: Messages) -> None:
+    """12 Hz, and the poses of the last 0.3 s never come: some frames wait for them when the bag begins again."""
+    end = stream[-1].stamp_ns
+    short = [m for m in stream if m.topic != "/odom" or m.stamp_ns < end - 300_000_000]
+    first, waiting = run(short, flush=False)
+    assert not waiting.drops and 20 <= len(first) < 22
+    frames, assembler = run(short + stream, flush=False)
+    assert len(frames) == len(first) + 24
+    assert "went back" in only(assembler, "clock jump", 24 - len(first))
+    # All but one camera's last image has come when the bag begins again: where five are enough, they are a frame.
+    last = [m for m in stream if m.topic == image_of("cam_back_left")][-1]
+    five = FrameAssembler(min_cameras=5, max_camera_spread=0.045)
+    frames, assembler = run([m for m in stream if m is not last] + stream, five, flush=False)
+    assert [len(f.shots) for f in frames] == [6] * 23 + [5] + [6] * 24
+
+
 def test_small_steps_back_are_no_jump(keyframes: Messages) -> None:
     """A late or repeated image is counted, and nothing is cleared."""
     image = next(m for m in keyframes if m.topic == image_of(ANCHOR_CAMERA))

@@ -142,9 +142,9 @@ class Rig:
             MappingNode(world.stop, make_mapper=lambda node: self.mapper, **world.options(**parameters))
         )
 
-    def play(self, bag: Path, rate: float = 4.0, seconds: float = 0.4) -> None:
+    def play(self, bag: Path, rate: float = 4.0, seconds: float = 0.4, delay: float = 0.3) -> None:
         """Play a bag to its end, and let what is under way arrive."""
-        settings = {"bag": str(bag), "rate": rate, "wait_for_subscribers": 10.0, "delay": 0.3, "clock": False}
+        settings = {"bag": str(bag), "rate": rate, "wait_for_subscribers": 10.0, "delay": delay, "clock": False}
         player = self.world.add(PlayerNode(threading.Event(), **self.world.options(**settings)))
         assert until(player.stop.is_set, 20)
         time.sleep(seconds)

@@ -174,7 +174,8 @@ class FrameAssembler:
 
     def reset(self) -> None:
         """Forget every image and pose: a new time line. Calibration and location stay."""
-        self._new_epoch()
+        self._clear()
+        self.epoch += 1
 
     # ------------------------------------------------------------------------------------------------------ input
 
@@ -183,7 +184,7 @@ class FrameAssembler:
         if not location.strip():
             return self._drop("no location", f"{topics.LOCATION}: the name is empty: publish one like boston-seaport")
         if self.location and location != self.location:
-            self._new_epoch()
+            self._new_epoch("new location", f"{topics.LOCATION} became '{location}' before the frame was complete")
         self.location = location
 
     def add_camera_info(self, name: str, msg: Any) -> None:
@@ -301,20 +302,30 @@ class FrameAssembler:
         self.drops[cause] += 1
         self.last_error[cause] = text
 
-    def _new_epoch(self) -> None:
+    def _new_epoch(self, cause: str, text: str) -> None:
+        """End a time line: the frames that are complete stay ready, the others are counted."""
+        ready = self._ready
+        for anchor in self._images[ANCHOR_CAMERA]:
+            try:
+                ready.append(self._build(anchor, final=True))
+            except _Waiting:
+                self._drop(cause, text)
         self._clear()
+        self._ready = ready
         self.epoch += 1
 
     def _advance(self, stream: str, stamp: int) -> None:
         """Note a new stamp of a stream; a jump backwards begins a new time line."""
         newest = self._newest.get(stream, stamp)
         if stamp < newest - CLOCK_JUMP_NS:
-            self._new_epoch()
-            self._drop(
-                "clock jump",
+            before = self.drops["clock jump"]
+            text = (
                 f"{stream}: stamps went back by {(newest - stamp) / NS:.1f} s: queues were cleared "
-                "(normal when a bag starts again, else check the clock)",
+                "(normal when a bag starts again, else check the clock)"
             )
+            self._new_epoch("clock jump", text)
+            if self.drops["clock jump"] == before:
+                self._drop("clock jump", text)  # it is told also where it costs nothing
         self._newest[stream] = max(self._newest.get(stream, stamp), stamp)
 
     def _time(self, rank: int) -> int:

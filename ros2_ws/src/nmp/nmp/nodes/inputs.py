@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ class Inputs:
         self._sim_time = bool(node.get_parameter("use_sim_time").value)
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
+        self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
         self._subscriptions: list[Subscription] = []
         self._steady: set[str] = set()
         """topics that never pause while the car drives; the others may come once only"""
@@ -55,7 +56,7 @@ class Inputs:
             self._listen(image_type, image, topics.SENSOR_IN, partial(assembler.add_image, name), steady=True)
             info = topics.camera_info_topic(prefix)
             self._listen(CameraInfo, info, topics.SENSOR_IN, partial(assembler.add_camera_info, name))
-        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True)
+        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
         if not settings["extrinsics_file"]:
             static = topics.TopicQos(depth=100, latched=True)  # every broadcaster keeps a message of its own
             self._listen(TFMessage, topics.TF_STATIC, static, assembler.add_static_transforms)
@@ -65,20 +66,33 @@ class Inputs:
             self._listen(String, topics.LOCATION, topics.LATCHED, lambda msg: assembler.set_location(msg.data))
 
     def _listen(
-        self, kind: type, topic: str, qos: topics.TopicQos, take: Callable[[Any], None], *, steady: bool = False
+        self,
+        kind: type,
+        topic: str,
+        qos: topics.TopicQos,
+        take: Callable[[Any], None],
+        *,
+        steady: bool = False,
+        drain: bool = False,
     ) -> None:
+        """Subscribe. ``drain``: take all messages that wait, not only one for every one of the other topics."""
+
         def on_message(msg: Any) -> None:
             begin = time.monotonic()
             self._heard[topic] = begin, self._now_ns()
-            self.counts[topic] += 1
-            take(msg)
+            # The executor serves one message of each topic in turn: many small ones would fall behind the images.
+            waiting = _waiting(subscription) if drain else ()
+            for message in (msg, *waiting):
+                self.counts[topic] += 1
+                take(message)
             self._arrived(topic)
             self.busy_s += time.monotonic() - begin
 
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        self._subscriptions.append(self._node.create_subscription(kind, topic, on_message, profile(qos)))
+        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos))
+        self._subscriptions.append(subscription)
 
     def close(self) -> None:
         """Stop listening."""
@@ -92,14 +106,16 @@ class Inputs:
         played at a tenth of its speed.
         """
         now = time.monotonic()
+        if (ros_ns := self._now_ns()) != self._clock[1]:
+            self._clock = now, ros_ns
         if now - self._started_s < SILENT_AFTER:
             return []
         if self._heard:
             last = max(self._heard.values())
             if (quiet := now - last[0]) > SILENT_AFTER and self._missed(last):
                 return [f"any input for {quiet:.0f} s: is the recording over, or the driver down?"]
-            if quiet > SILENT_AFTER and self._sim_time:
-                return [f"{topics.CLOCK}: time stands still for {quiet:.0f} s: is the recording over, or held?"]
+            if quiet > SILENT_AFTER and (still := now - self._clock[0]) > SILENT_AFTER:
+                return [f"{topics.CLOCK}: time stands still for {still:.0f} s: is the recording over, or held?"]
         out = []
         for topic in self.counts:
             heard = self._heard.get(topic)
@@ -115,3 +131,10 @@ class Inputs:
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)
+
+
+def _waiting(subscription: Subscription) -> Iterator[Any]:
+    """Take the messages that wait at a subscription."""
+    with subscription.handle:
+        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
+            yield taken[0]
