@@ -244,8 +244,8 @@ def test_other_camera_names_mounting_from_a_file_and_five_cameras(world: Ros, tm
     lame = [m for m in messages if m.topic not in ("/rear/image_raw/compressed", "/tf_static")]
     bag = write_messages(tmp_path / "bag", lame)
     rig = Rig(world, cameras=names, extrinsics_file=str(mounting), min_cameras=5)
-    play(rig, bag)
-    assert len(rig.mapper.frames) == 4 and not rig.drops
+    rig.play(bag, delay=1.5)  # the player does not know that the node listens to these names
+    assert until(lambda: len(rig.mapper.frames) == 4) and not rig.drops
     for frame in rig.mapper.frames:
         assert [s.camera.name for s in frame.shots] == [c for c in topics.CAMERAS if c != "cam_back"]
         assert [s.camera.base_from_camera[0, 3] for s in frame.shots] == [0, 1, 2, 4, 5]
