@@ -243,7 +243,7 @@ def test_other_camera_names_mounting_from_a_file_and_five_cameras(world: Ros, tm
         messages.append(m._replace(topic=m.topic.replace(old, rename[old])) if old else m)
     lame = [m for m in messages if m.topic not in ("/rear/image_raw/compressed", "/tf_static")]
     bag = write_messages(tmp_path / "bag", lame)
-    rig = Rig(world, cameras=names, extrinsics_file=str(mounting), min_cameras=5)
+    rig = Rig(world, cameras=names, extrinsics_file=str(mounting), min_cameras=5, queue_size=10)
     rig.play(bag, delay=1.5)  # the player does not know that the node listens to these names
     assert until(lambda: len(rig.mapper.frames) == 4) and not rig.drops
     for frame in rig.mapper.frames:
