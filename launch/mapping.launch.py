@@ -36,9 +36,21 @@ ARGUMENTS = [
         description="City of the prior, for instance boston-seaport; empty: taken from the topic 'location'.",
     ),
     DeclareLaunchArgument(
+        "platform",
+        default_value="cpu",
+        choices=["cpu", "gpu"],
+        description="What the network is computed on; chooses the parameter file.",
+    ),
+    DeclareLaunchArgument(
         "params_file",
-        default_value=share("config", "mapping_cpu.yaml"),
-        description="Parameter file of mapping_node.",
+        default_value="",
+        description="Parameter file of mapping_node; empty: config/<platform>.yaml of the package.",
+    ),
+    DeclareLaunchArgument(
+        "autostart",
+        default_value="true",
+        choices=["true", "false"],
+        description="Configure and activate the node; false: wait for ros2 lifecycle set.",
     ),
     DeclareLaunchArgument(
         "use_sim_time",
@@ -64,14 +76,17 @@ def start_nodes(context: LaunchContext) -> list[Node]:
 
     # only what was given: an empty argument must not wipe the value in params_file
     given = {"prior_dir": value("prior"), "weights": value("weights"), "location": value("location")}
-    overrides = {name: text for name, text in given.items() if text}
+    overrides: dict[str, str | bool] = {name: text for name, text in given.items() if text}
+    if value("autostart") == "false":
+        overrides["autostart"] = False
+    params_file = value("params_file") or share("config", f"{value('platform')}.yaml")
     nodes = [
         Node(
             package="nmp",
             executable="mapping_node",
             name="mapping_node",
             output="screen",
-            parameters=[value("params_file"), {"use_sim_time": use_sim_time, **overrides}],
+            parameters=[params_file, {"use_sim_time": use_sim_time, **overrides}],
             # a map that nobody updates any more must not look alive
             on_exit=[Shutdown(reason="mapping_node ended")],
         )

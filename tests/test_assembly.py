@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from nmp.assembly import FrameAssembler
 from nmp.bags.reader import BagMessage
@@ -413,6 +414,22 @@ def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> No
     assert assembler.epoch == 1
 
 
+def test_what_is_lost_at_a_jump_is_counted_and_what_is_complete_is_not_lost(stream: Messages) -> None:
+    """12 Hz, and the poses of the last 0.3 s never come: some frames wait for them when the bag begins again."""
+    end = stream[-1].stamp_ns
+    short = [m for m in stream if m.topic != "/odom" or m.stamp_ns < end - 300_000_000]
+    first, waiting = run(short, flush=False)
+    assert not waiting.drops and 20 <= len(first) < 22
+    frames, assembler = run(short + stream, flush=False)
+    assert len(frames) == len(first) + 24
+    assert "went back" in only(assembler, "clock jump", 24 - len(first))
+    # All but one camera's last image has come when the bag begins again: where five are enough, they are a frame.
+    last = [m for m in stream if m.topic == image_of("cam_back_left")][-1]
+    five = FrameAssembler(min_cameras=5, max_camera_spread=0.045)
+    frames, assembler = run([m for m in stream if m is not last] + stream, five, flush=False)
+    assert [len(f.shots) for f in frames] == [6] * 23 + [5] + [6] * 24
+
+
 def test_small_steps_back_are_no_jump(keyframes: Messages) -> None:
     """A late or repeated image is counted, and nothing is cleared."""
     image = next(m for m in keyframes if m.topic == image_of(ANCHOR_CAMERA))
@@ -443,3 +460,128 @@ def test_limits_are_checked() -> None:
     for limits in ({"max_camera_spread": 0.0}, {"max_pose_age": float("nan")}, {"queue_size": 1}):
         with pytest.raises(NmpError, match=next(iter(limits))):
             FrameAssembler(**limits)
+
+
+# ------------------------------------------------------------------------------ lost cameras, mounting, relocalisation
+
+
+def cameras_of(frames: list[Frame]) -> list[list[str]]:
+    return [[s.camera.name for s in f.shots] for f in frames]
+
+
+def test_a_lost_camera_is_done_without_as_far_as_wanted(stream: Messages) -> None:
+    """The camera is silent for a second; 12 Hz."""
+    topic = image_of("cam_back")
+    shots = [m for m in stream if m.topic == topic]
+    silent = {id(m) for m in shots[6:18]}
+    messages = [m for m in stream if id(m) not in silent]
+    five = [c for c in CAMERAS if c != "cam_back"]
+
+    frames, assembler = run(messages, FrameAssembler(min_cameras=5, max_camera_spread=0.05))
+    assert not assembler.drops and len(frames) == 24
+    assert cameras_of(frames) == [list(CAMERAS)] * 6 + [five] * 12 + [list(CAMERAS)] * 6
+    assert not assembler.lost
+    # With the default every camera is needed.
+    frames, assembler = run(messages, FrameAssembler(max_camera_spread=0.05))
+    assert len(frames) == 12 and assembler.drops == {"missing camera": 12}
+    # Four are needed, but only three are left.
+    three = [m for m in messages if not any(m.topic == image_of(c) for c in CAMERAS[1:4])]
+    frames, assembler = run(three, FrameAssembler(min_cameras=4))
+    assert not frames and set(assembler.drops) == {"missing camera"}
+
+
+def test_a_lost_camera_is_waited_for_once(stream: Messages) -> None:
+    messages = without(stream, image_of("cam_back_left"))
+    assembler = FrameAssembler(min_cameras=5)
+    delays: list[float] = []
+    newest = 0
+    for message in messages:
+        if message.topic.endswith("compressed"):
+            newest = max(newest, message.stamp_ns)
+        delays += [(newest - f.stamp_ns) / NS for f in feed(assembler, [message])]
+    assert list(assembler.lost) == ["cam_back_left"] and not assembler.drops
+    assert delays[0] > 0.5 and len(delays) >= 20
+    assert max(delays[-10:]) < 0.2  # not the patience of half a second for every frame
+
+
+def test_the_front_camera_alone_goes_on(stream: Messages) -> None:
+    others = [image_of(c) for c in CAMERAS if c != ANCHOR_CAMERA]
+    frames, assembler = run([m for m in stream if m.topic not in others], FrameAssembler(min_cameras=1))
+    assert cameras_of(frames) == [[ANCHOR_CAMERA]] * 24 and not assembler.drops
+    frames, assembler = run(without(stream, image_of(ANCHOR_CAMERA)), FrameAssembler(min_cameras=1))
+    assert not frames and set(assembler.drops) == {"missing camera"}  # it gives the moments
+
+
+def test_damaged_and_uncalibrated_cameras_are_lost_ones(keyframes: Messages) -> None:
+    damaged = changed(keyframes, image_of("cam_back"), 1, lambda m: setattr(m, "data", np.zeros(50, np.uint8)))
+    frames, assembler = run(damaged, FrameAssembler(min_cameras=5))
+    assert [len(f.shots) for f in frames] == [6, 5, 6, 6, 6] and not assembler.drops
+    half = changed(keyframes, "/cam_back/camera_info", -1, lambda m: setattr(m, "width", 80))
+    frames, assembler = run(half, FrameAssembler(min_cameras=5))
+    assert [len(f.shots) for f in frames] == [5] * 5 and "80 x 90" in assembler.lost["cam_back"]
+    blind = without(keyframes, "/cam_back/camera_info")
+    frames, assembler = run(blind, FrameAssembler(min_cameras=5))
+    assert [len(f.shots) for f in frames] == [5] * 5 and not assembler.drops
+
+
+def test_a_late_camera_is_not_lost(stream: Messages) -> None:
+    """Messages of one camera arrive 0.3 s after the others: within the patience, nothing is left out."""
+    late = sorted(stream, key=lambda m: m.stamp_ns + (300_000_000 if m.topic == image_of("cam_back") else 0))
+    frames, assembler = run(late, FrameAssembler(min_cameras=1))
+    assert cameras_of(frames) == [list(CAMERAS)] * 24 and not assembler.drops
+
+
+def test_mounting_from_a_file_needs_no_transforms(keyframes: Messages) -> None:
+    prefixes = [f"left/{c}" for c in CAMERAS]
+    mounting = {
+        p: transform_from(*(np.array(v) for v in camera_rig(c))) for p, c in zip(prefixes, CAMERAS, strict=True)
+    }
+    known = FrameAssembler(prefixes=prefixes, extrinsics=mounting)
+    frames, assembler = run(without(keyframes, "/tf_static"), known)
+    expected, _ = run(keyframes)
+    assert len(frames) == 5 and not assembler.drops
+    for frame, other in zip(frames, expected, strict=True):
+        for mine, theirs in zip(frame.shots, other.shots, strict=True):
+            np.testing.assert_allclose(mine.camera.base_from_camera, theirs.camera.base_from_camera, atol=1e-9)
+    _, assembler = run(without(keyframes, image_of("cam_back")), FrameAssembler(prefixes=prefixes))
+    assert "left/cam_back/image_raw" in assembler.last_error["missing camera"]
+
+
+@pytest.mark.parametrize(
+    ("metres", "degrees", "lost"), [(0.4, 0.0, 0), (3.0, 0.0, 1), (0.0, 30.0, 1), (500.0, 90.0, 1)]
+)
+def test_a_relocalisation_costs_the_frame_across_it(stream: Messages, metres: float, degrees: float, lost: int) -> None:
+    """From the middle of the twelfth frame on the pose is another."""
+    middle = START_NS + round(11 / 12 * NS) + 30_000_000
+    turn = Rotation.from_euler("z", degrees, degrees=True)
+
+    def moved_pose(message: BagMessage) -> BagMessage:
+        if message.topic != "/odom" or message.stamp_ns < middle:
+            return message
+        new = copy.deepcopy(message)
+        pose = new.message.pose.pose
+        pose.position.x += metres
+        q = pose.orientation
+        q.x, q.y, q.z, q.w = (turn * Rotation.from_quat([q.x, q.y, q.z, q.w])).as_quat()
+        return new
+
+    frames, assembler = run([moved_pose(m) for m in stream])
+    assert len(frames) == 24 - lost and assembler.drops["pose jump"] == lost
+    assert not lost or "relocalisation" in assembler.last_error["pose jump"]
+
+
+def test_frames_come_no_faster_than_wanted(stream: Messages) -> None:
+    frames, assembler = run(stream, FrameAssembler(max_rate=4.0))
+    # 12 Hz: every third image of the front camera
+    assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in run(stream)[0]][::3]
+    assert assembler.skipped == 16 and not assembler.drops
+    assert len(run(stream, FrameAssembler(max_rate=20.0))[0]) == 24
+
+
+def test_reset_forgets_what_waits_but_no_calibration(keyframes: Messages) -> None:
+    assembler = FrameAssembler()
+    assert len(list(feed(assembler, keyframes))) == 5
+    assembler.reset()
+    calibration = [m for m in keyframes if m.topic.endswith("camera_info") or m.topic in ("/tf_static", "/location")]
+    frames, _ = run([m for m in keyframes if m not in calibration], assembler)
+    assert len(frames) == 5 and not assembler.drops  # the same stamps again, and no clock jump

@@ -1,4 +1,4 @@
-"""The launch file, its RViz view and its parameter file agree with the nodes."""
+"""The launch files, their RViz view and parameter files agree with the nodes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import pytest
 import yaml
 
 from nmp.frame import CAMERAS, CLASSES
-from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, image_topic, layer_topic
+from nmp.nodes import reference
+from nmp.nodes.parameters import PARAMETERS, PLATFORMS
+from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH_FILE = ROOT / "launch" / "mapping.launch.py"
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
 PACKAGE = ROOT / "ros2_ws" / "src" / "nmp"
-PARAMS_FILE = PACKAGE / "nmp" / "config" / "mapping_cpu.yaml"
+PARAMS_FILE = PACKAGE / "nmp" / "config" / "cpu.yaml"
 RVIZ_FILE = ROOT / "rviz" / "nmp.rviz"
 
 
@@ -35,8 +37,9 @@ class Configuration(Recorded):
         return context[self.args[0]]
 
 
-def load(name: str = "launch_under_test") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, LAUNCH_FILE)
+def load(name: str = "mapping") -> ModuleType:
+    path = ROOT / "launch" / f"{name}.launch.py"
+    spec = importlib.util.spec_from_file_location("launch_under_test", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,8 +47,8 @@ def load(name: str = "launch_under_test") -> ModuleType:
 
 
 @pytest.fixture
-def stubbed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the launch file, loaded on top of stand-ins: the launch packages are no wheels."""
+def launch_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let launch files be loaded on top of stand-ins: the launch packages are no wheels."""
 
     def module(name: str, **names: Any) -> None:
         stub = ModuleType(name)
@@ -59,9 +62,16 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module(
         "launch.actions",
         DeclareLaunchArgument=kind("DeclareLaunchArgument"),
+        EmitEvent=kind("EmitEvent"),
+        ExecuteProcess=kind("ExecuteProcess"),
         OpaqueFunction=kind("OpaqueFunction"),
+        RegisterEventHandler=kind("RegisterEventHandler"),
         Shutdown=kind("Shutdown"),
+        TimerAction=kind("TimerAction"),
     )
+    module("launch.event_handlers", OnProcessExit=kind("OnProcessExit"))
+    module("launch.events", matches_action=lambda action: action)
+    module("launch.events.process", ProcessExited=kind("ProcessExited"), ShutdownProcess=kind("ShutdownProcess"))
     module(
         "launch.substitutions",
         LaunchConfiguration=Configuration,
@@ -70,6 +80,11 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module("launch_ros")
     module("launch_ros.actions", Node=kind("Node"))
     module("launch_ros.substitutions", FindPackageShare=kind("FindPackageShare"))
+
+
+@pytest.fixture
+def stubbed(launch_packages: None) -> ModuleType:
+    """Return mapping.launch.py, loaded."""
     return load()
 
 
@@ -90,15 +105,26 @@ def executables() -> dict[str, str]:
     raise AssertionError("setup.py has no entry points")
 
 
-def test_arguments_are_described(stubbed: ModuleType) -> None:
-    names = [argument.args[0] for argument in stubbed.ARGUMENTS]
-    assert names == ["bag", "rate", "loop", "prior", "weights", "location", "params_file", "use_sim_time", "rviz"]
-    for argument in stubbed.ARGUMENTS:
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda p: p.name)
+def test_arguments_are_described(launch_packages: None, path: Path) -> None:
+    module = load(path.name.removesuffix(".launch.py"))
+    source = path.read_text(encoding="utf-8")
+    for argument in module.ARGUMENTS:
         assert len(argument.kwargs["description"]) > 15, argument.args
-        assert "default_value" in argument.kwargs, argument.args
-    description = stubbed.generate_launch_description()
-    assert description.args[0][:-1] == stubbed.ARGUMENTS
-    assert description.args[0][-1].kwargs["function"] is stubbed.start_nodes
+        # declared and used
+        assert source.count(f'"{argument.args[0]}"') + source.count(f"'{argument.args[0]}'") > 1, argument.args
+    description = module.generate_launch_description()
+    assert description.args[0][:-1] == module.ARGUMENTS
+    assert description.args[0][-1].kwargs["function"].__module__ == module.__name__
+
+
+def test_mapping_starts_without_any_argument(stubbed: ModuleType) -> None:
+    names = [argument.args[0] for argument in stubbed.ARGUMENTS]
+    assert names == (
+        ["bag", "rate", "loop", "prior", "weights", "location"]
+        + ["platform", "params_file", "autostart", "use_sim_time", "rviz"]
+    )
+    assert all("default_value" in argument.kwargs for argument in stubbed.ARGUMENTS)
 
 
 def test_live_start_leaves_the_parameter_file_alone(stubbed: ModuleType) -> None:
@@ -142,8 +168,11 @@ def test_executables_exist(stubbed: ModuleType) -> None:
 
 
 def test_files_that_the_launch_file_needs_are_installed(stubbed: ModuleType) -> None:
-    default = {a.args[0]: a.kwargs["default_value"] for a in stubbed.ARGUMENTS}["params_file"]
-    assert default.args[0][1:] == ["config", PARAMS_FILE.name]
+    for platform in ("cpu", "gpu"):
+        chosen = start(stubbed, platform=platform, params_file="")["mapping_node"]["parameters"][0]
+        assert chosen.args[0][1:] == ["config", f"{platform}.yaml"]
+        assert (PACKAGE / "nmp" / "config" / f"{platform}.yaml").is_file()
+    assert start(stubbed, autostart="false")["mapping_node"]["parameters"][1]["autostart"] is False
     rviz = start(stubbed, rviz="true")["rviz2"]["arguments"]
     assert rviz[0] == "-d" and rviz[1].args[0][1:] == ["rviz", RVIZ_FILE.name]
     for folder in ("launch", "rviz"):
@@ -179,7 +208,7 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
             shown[topic["Value"]] = SimpleNamespace(
                 kind=display["Class"], durability=topic["Durability Policy"], reliability=topic["Reliability Policy"]
             )
-    layers = {private(layer_topic(name)) for name in CLASSES}
+    layers = {private(topic(name)) for name in CLASSES for topic in (layer_topic, city_topic)}
     pictures = {private(BEV), *(absolute(image_topic(camera)) for camera in CAMERAS)}
     assert set(shown) == layers | pictures | {private(VECTORS)}
     for topic in (*layers, private(VECTORS)):
@@ -192,15 +221,54 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
     assert any(display["Class"] == "rviz_default_plugins/TF" for display in manager["Displays"])
 
 
-def test_parameter_file() -> None:
-    params = yaml.safe_load(PARAMS_FILE.read_text(encoding="utf-8"))["/**/mapping_node"]["ros__parameters"]
-    source = (PACKAGE / "nmp" / "nodes" / "mapping_node.py").read_text(encoding="utf-8")
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and len(n.args) >= 3]
-    declared = {
-        ast.literal_eval(n.args[0]): ast.literal_eval(n.args[1])
-        for n in calls
-        if isinstance(n.func, ast.Name) and n.func.id == "declare"
-    }
-    assert len(declared) >= len(params) >= 7
-    # the file shows the defaults: a user who deletes a line gets what it said
-    assert params == {name: declared[name] for name in params}
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_parameter_file(platform: str) -> None:
+    path = PACKAGE / "nmp" / "config" / f"{platform}.yaml"
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))["/**/mapping_node"]["ros__parameters"]
+    declared = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in PARAMETERS}
+    # the file shows the defaults, but for what the platform wants otherwise
+    assert params == declared | PLATFORMS[platform]
+    assert {type(v) for v in params.values()} == {bool, int, float, str, list}
+
+
+def test_generated_files_are_up_to_date() -> None:
+    for path, text in reference.files().items():
+        assert path.read_text(encoding="utf-8") == text, f"run python -m nmp.nodes.reference: {path} is out of date"
+
+
+def test_visualization_shows_the_shipped_view(launch_packages: None) -> None:
+    module = load("visualization")
+    config = {a.args[0]: a.kwargs["default_value"] for a in module.ARGUMENTS}["config"]
+    assert config.args[0][1:] == ["rviz", RVIZ_FILE.name]
+    nodes = module.start_nodes({"config": "mine.rviz", "use_sim_time": "true"})
+    assert [n.kwargs["arguments"] for n in nodes] == [["-d", "mine.rviz"]]
+    assert nodes[0].kwargs["parameters"] == [{"use_sim_time": True}]
+
+
+def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
+    module = load("replay_eval")
+    given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS}
+    given |= {"bag": "/b", "maps": "/m", "out": "/o", "prior": "/p", "version": "v1.0-mini"}
+    actions = module.start(given)
+    nodes = {a.kwargs["executable"]: a for a in actions if "executable" in a.kwargs}
+    assert set(nodes) <= set(executables()) and len(nodes) == 3
+    mapper = nodes["mapping_node"].kwargs["parameters"]
+    assert mapper[0].args[0][1:] == ["config", "cpu.yaml"]
+    assert mapper[1] == {"use_sim_time": True, "use_prior": True, "prior_dir": "/p"}
+
+    handlers = {a.args[0].kwargs["target_action"]: a.args[0].kwargs["on_exit"] for a in actions if a.args}
+    done, failed = (SimpleNamespace(returncode=code, process_name="it") for code in (0, 2))
+    (timer,) = handlers[nodes["player_node"]](done, None)
+    stopped = [e.kwargs["event"].kwargs["process_matcher"] for e in timer.kwargs["actions"]]
+    assert stopped == [nodes["mapping_node"], nodes["recorder_node"]] and timer.kwargs["period"] > 0
+    (evaluator,) = handlers[nodes["recorder_node"]](done, None)
+    command = evaluator.kwargs["cmd"][3:]
+    from nmp.cli import build_parser
+
+    args = build_parser(command).parse_args(command)
+    assert (args.layers, args.version) == ([nodes["recorder_node"].kwargs["parameters"][0]["out_dir"]], "v1.0-mini")
+    (end,) = handlers[evaluator](done, None)
+    assert type(end).__name__ == "Shutdown"
+    for handler in handlers.values():
+        with pytest.raises(RuntimeError, match="it ended with code 2"):
+            handler(failed, None)

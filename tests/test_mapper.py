@@ -11,9 +11,10 @@ from bag_fixtures import bag_messages, feed, jpeg, make_bag
 
 from nmp.assembly import FrameAssembler
 from nmp.errors import NmpError
-from nmp.frame import Frame
+from nmp.frame import CAMERAS, Frame
 from nmp.mapper import OnlineMapper
 from nmp.model import BEVNetwork, NetworkConfig, save_network
+from nmp.model.preprocess import network_input
 from nmp.model.weights import DEFAULT_WEIGHTS, load_network, weights_file
 from nmp.prior import CityPrior, Window
 from nmp.prior.ledger import Ledger
@@ -72,6 +73,35 @@ def test_an_empty_prior_gives_the_layers_of_no_prior(weights: Path, frames: list
         np.testing.assert_array_equal(mapper.update(frames[0]).probabilities, single.update(frames[0]).probabilities)
         known = mapper.update(frames[1]).probabilities
         assert np.abs(known - single.update(frames[1]).probabilities).max() > 1e-3
+
+
+def test_a_lost_camera_is_masked_as_in_training(weights: Path, frames: list[Frame]) -> None:
+    """Training blacks an image out and says that it is not present: the same layers must come of a frame without it."""
+    frame = frames[0]
+    five = dataclasses.replace(frame, shots=tuple(s for s in frame.shots if s.camera.name != "cam_back"))
+    with OnlineMapper(weights, use_prior=False, min_cameras=5) as mapper:
+        images, pixel_from_base, present = network_input(frame, mapper.config)
+        lost = CAMERAS.index("cam_back")
+        images = images.clone()
+        images[:, lost], present[:, lost] = 0, 0.0
+        expected = mapper._runner.run(images, pixel_from_base, present).probabilities.copy()
+        masked = mapper.update(five).probabilities
+        whole = mapper.update(frame).probabilities
+    np.testing.assert_array_equal(masked, expected)
+    behind = slice(0, masked.shape[2] // 4)
+    assert np.abs(masked - whole)[:, :, behind].max() > 1e-3
+    with OnlineMapper(weights, use_prior=False, min_cameras=6) as mapper, pytest.raises(NmpError, match="cam_back"):
+        mapper.update(five)
+
+
+def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        assert mapper.prior_size()["tiles"] == 0
+        mapper.update(frames[0])
+        assert list(mapper.stages_s) == ["decoding", "reading prior", "network", "writing prior"]
+        assert all(seconds >= 0 for seconds in mapper.stages_s.values())
+        size = mapper.prior_size()
+        assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
 def test_two_runs_are_the_same_to_the_bit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From single messages to whole frames: six images of one moment, calibrated, with the pose of each.
+"""From single messages to whole frames: the images of one moment, calibrated, with the pose of each.
 
 No ROS and no threads. Messages are duck-typed, so those of rclpy and of rosbags both work. What comes out
 depends only on the messages and their order. Time is message stamps, never the wall clock. Everything that
@@ -11,7 +11,9 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,16 @@ import numpy as np
 from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Camera, CameraShot, Frame
-from nmp.geometry import Array, interpolate
+from nmp.geometry import Array, interpolate, inverse, yaw_of
 from nmp.messages import NS, Picture, content, frame_id, picture_of, seconds, stamp_ns, transform_of
 
 CLOCK_JUMP_NS = NS
 """A stamp further back than this starts a new time line (a looped bag, a reset clock)."""
 POSES_KEPT = 2000
+JUMP_M, JUMP_RAD = 1.0, 0.2
+MAX_SPEED, MAX_TURN = 100.0, 5.0
+"""What a pose moves by from one to the next is a jump of the localisation where it is more than ``JUMP_M`` (m) at more
+than ``MAX_SPEED`` (m/s), or ``JUMP_RAD`` (rad) at ``MAX_TURN`` (rad/s): no car does that."""
 
 
 class _Waiting(Exception):
@@ -59,6 +65,48 @@ class _Calibration:
         return rest and np.array_equal(self.intrinsics, other.intrinsics)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a frame may look like."""
+
+    max_camera_spread: float = 0.1
+    """longest time between the first and last image of a frame, s"""
+    max_pose_age: float = 0.2
+    """an image's pose is interpolated only between poses at most this far from it, s"""
+    patience: float = 0.5
+    """how far (s, in stamps) the other images may run on before a late message is given up"""
+    min_cameras: int = len(CAMERAS)
+    """cameras that a frame needs, the anchor among them; those that are lost are left out"""
+    max_rate: float = 0.0
+    """frames a second (of stamps) at most: anchor images between them are left alone; 0: every one makes a frame"""
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_camera_spread", self.max_camera_spread), ("max_pose_age", self.max_pose_age)):
+            if not (math.isfinite(value) and value > 0):
+                raise NmpError(f"{name} is {value}: give a time above 0 s")
+        if not 1 <= self.min_cameras <= len(CAMERAS):
+            raise NmpError(f"min_cameras is {self.min_cameras}: choose 1 to {len(CAMERAS)}")
+        if not (math.isfinite(self.max_rate) and self.max_rate >= 0):
+            raise NmpError(f"max_rate is {self.max_rate}: give frames a second, or 0 for all")
+
+    @property
+    def spread_ns(self) -> int:
+        return round(self.max_camera_spread * NS)
+
+    @property
+    def pose_age_ns(self) -> int:
+        return round(self.max_pose_age * NS)
+
+    @property
+    def patience_ns(self) -> int:
+        return round(self.patience * NS)
+
+    @property
+    def interval_ns(self) -> int:
+        """Least time between two anchors; a tenth less, because cameras are not exact."""
+        return round(0.9 * NS / self.max_rate) if self.max_rate else 0
+
+
 class FrameAssembler:
     """Collects messages and hands out complete frames, in the order of their anchor stamps.
 
@@ -73,22 +121,28 @@ class FrameAssembler:
         max_camera_spread: float = 0.1,
         max_pose_age: float = 0.2,
         patience: float = 0.5,
+        min_cameras: int = len(CAMERAS),
+        max_rate: float = 0.0,
         queue_size: int = 10,
+        prefixes: Sequence[str] = CAMERAS,
+        extrinsics: Mapping[str, Array] | None = None,
     ) -> None:
-        """Set the limits.
+        """Set the limits (see :class:`Limits`).
 
-        :param max_camera_spread: longest time between the first and last image of a frame, s
-        :param max_pose_age: an image's pose is interpolated only between poses at most this far from it, s
-        :param patience: how far (s, in stamps) the other images may run on before a late message is given up
         :param queue_size: images kept per camera
+        :param prefixes: of the cameras' topics, in the order of ``CAMERAS``
+        :param extrinsics: base_from_camera [4, 4] by prefix, used instead of transforms that are received
         """
-        for name, value in (("max_camera_spread", max_camera_spread), ("max_pose_age", max_pose_age)):
-            if not (math.isfinite(value) and value > 0):
-                raise NmpError(f"{name} is {value}: give a time above 0 s")
         if queue_size < 2:
             raise NmpError(f"queue_size is {queue_size}: at least 2 images per camera are needed")
+        self.limits = Limits(max_camera_spread, max_pose_age, patience, min_cameras, max_rate)
+        """may be replaced at any time"""
+        self.prefixes = dict(zip(CAMERAS, prefixes, strict=True))
+        """camera -> prefix of its topics"""
         self.drops: Counter[str] = Counter()
         """frames and messages that could not be used, by cause"""
+        self.skipped = 0
+        """anchor images that made no frame because of ``max_rate``"""
         self.last_error: dict[str, str] = {}
         """the latest text for each cause: what is wrong and what to do"""
         self.notes: dict[str, str] = {}
@@ -96,10 +150,8 @@ class FrameAssembler:
         self.location = ""
         self.epoch = 0
         """grows with every backward jump of the clock and every change of location"""
-        self._spread_ns = round(max_camera_spread * NS)
-        self._pose_age_ns = round(max_pose_age * NS)
-        self._patience_ns = round(patience * NS)
         self._queue_size = queue_size
+        self._mounted = {c: extrinsics[p] for c, p in self.prefixes.items()} if extrinsics else {}
         self._calibrations: dict[str, _Calibration] = {}
         self._calibration_faults: dict[str, str] = {}
         self._static: dict[str, tuple[str, Array]] = {}  # child -> parent, parent_from_child
@@ -112,9 +164,18 @@ class FrameAssembler:
         self._newest: dict[str, int] = {}  # stream -> newest stamp
         self._poses: list[_Pose] = []
         self._anchors_seen: deque[int] = deque(maxlen=8 * self._queue_size)
+        self._next_anchor_ns = -(2**63)
         self._closed_ns = -(2**63)  # anchors up to this are answered or given up
         self._orphans: deque[int] = deque(maxlen=8 * self._queue_size)  # moments without an anchor, counted once
         self._ready: list[Frame] = []
+        self._lost: set[str] = set()  # cameras that are not waited for: none of their images came since a frame
+        self.lost: dict[str, str] = {}
+        """prefixes of the cameras that the last frame was made without, and why"""
+
+    def reset(self) -> None:
+        """Forget every image and pose: a new time line. Calibration and location stay."""
+        self._clear()
+        self.epoch += 1
 
     # ------------------------------------------------------------------------------------------------------ input
 
@@ -123,13 +184,13 @@ class FrameAssembler:
         if not location.strip():
             return self._drop("no location", f"{topics.LOCATION}: the name is empty: publish one like boston-seaport")
         if self.location and location != self.location:
-            self._new_epoch()
+            self._new_epoch("new location", f"{topics.LOCATION} became '{location}' before the frame was complete")
         self.location = location
 
     def add_camera_info(self, name: str, msg: Any) -> None:
         """Take the calibration of camera ``name`` from a sensor_msgs/CameraInfo."""
         k = np.asarray(msg.k, dtype=np.float64)
-        topic = topics.camera_info_topic(name)
+        topic = topics.camera_info_topic(self.prefixes[name])
         if k.size != 9 or not np.isfinite(k).all() or min(k[0], k[4]) <= 0 or min(msg.width, msg.height) <= 0:
             self._calibration_faults[name] = (
                 f"{topic}: no usable calibration (k {k.tolist()}, {msg.width} x {msg.height}): calibrate the camera"
@@ -142,7 +203,7 @@ class FrameAssembler:
         else:
             self.notes.pop(topic, None)
         new = _Calibration(
-            int(msg.width), int(msg.height), k.reshape(3, 3), frame_id(msg) or topics.optical_frame(name)
+            int(msg.width), int(msg.height), k.reshape(3, 3), frame_id(msg) or topics.optical_frame(self.prefixes[name])
         )
         old = self._calibrations.get(name)
         if old is None or not old.same_as(new):
@@ -194,8 +255,9 @@ class FrameAssembler:
     def add_image(self, name: str, msg: Any) -> None:
         """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (rgb8, bgr8)."""
         stamp = stamp_ns(msg)
-        topic = topics.image_topic(name, "raw" if hasattr(msg, "encoding") else "compressed")
+        topic = topics.image_topic(self.prefixes[name], "raw" if hasattr(msg, "encoding") else "compressed")
         self._advance(name, stamp)
+        self._lost.discard(name)
         queue = self._images[name]
         at = bisect.bisect_left(queue, stamp, key=_by_stamp)
         if at < len(queue) and queue[at].stamp_ns == stamp:
@@ -204,6 +266,10 @@ class FrameAssembler:
             if stamp <= self._closed_ns:
                 return self._drop("late image", f"{topic}: image of {seconds(stamp)} came after its frame was closed")
             self._anchors_seen.append(stamp)
+            if stamp < self._next_anchor_ns:
+                self.skipped += 1
+                return
+            self._next_anchor_ns = stamp + self.limits.interval_ns
         queue.insert(at, picture_of(topic, stamp, msg))
         if len(queue) > self._queue_size:
             if name == ANCHOR_CAMERA:
@@ -236,25 +302,35 @@ class FrameAssembler:
         self.drops[cause] += 1
         self.last_error[cause] = text
 
-    def _new_epoch(self) -> None:
+    def _new_epoch(self, cause: str, text: str) -> None:
+        """End a time line: the frames that are complete stay ready, the others are counted."""
+        ready = self._ready
+        for anchor in self._images[ANCHOR_CAMERA]:
+            try:
+                ready.append(self._build(anchor, final=True))
+            except _Waiting:
+                self._drop(cause, text)
         self._clear()
+        self._ready = ready
         self.epoch += 1
 
     def _advance(self, stream: str, stamp: int) -> None:
         """Note a new stamp of a stream; a jump backwards begins a new time line."""
         newest = self._newest.get(stream, stamp)
         if stamp < newest - CLOCK_JUMP_NS:
-            self._new_epoch()
-            self._drop(
-                "clock jump",
+            before = self.drops["clock jump"]
+            text = (
                 f"{stream}: stamps went back by {(newest - stamp) / NS:.1f} s: queues were cleared "
-                "(normal when a bag starts again, else check the clock)",
+                "(normal when a bag starts again, else check the clock)"
             )
+            self._new_epoch("clock jump", text)
+            if self.drops["clock jump"] == before:
+                self._drop("clock jump", text)  # it is told also where it costs nothing
         self._newest[stream] = max(self._newest.get(stream, stamp), stamp)
 
     def _time(self, rank: int) -> int:
-        """The newest (rank 0) or second newest (rank 1) of the cameras' latest stamps."""
-        stamps = sorted((self._newest[c] for c in CAMERAS if c in self._newest), reverse=True)
+        """The newest (rank 0) or second newest (rank 1) of the latest stamps of the cameras that are not lost."""
+        stamps = sorted((s for c, s in self._newest.items() if c in self._images and c not in self._lost), reverse=True)
         return stamps[min(rank, len(stamps) - 1)] if stamps else -(2**63)
 
     def _settle(self, *, hurry: bool = False) -> bool:
@@ -264,7 +340,7 @@ class FrameAssembler:
             return False
         anchor = queue[0]
         # One camera with a clock of its own must not make the others look late: hence the second newest.
-        out_of_time = hurry or self._time(1) > anchor.stamp_ns + self._spread_ns + self._patience_ns
+        out_of_time = hurry or self._time(1) > anchor.stamp_ns + self.limits.spread_ns + self.limits.patience_ns
         try:
             self._ready.append(self._build(anchor, final=out_of_time))
         except _Waiting as exc:
@@ -277,39 +353,79 @@ class FrameAssembler:
 
     def _build(self, anchor: Picture, *, final: bool) -> Frame:
         """Return the frame of an anchor, or raise why it is not complete. ``final``: wait for nothing nearer."""
-        pictures = {c: anchor if c == ANCHOR_CAMERA else self._nearest(c, anchor.stamp_ns, final) for c in CAMERAS}
-        for picture in pictures.values():
-            if picture.fault:
-                raise _Refused(*picture.fault)
-        first, last = (f(CAMERAS, key=lambda c: pictures[c].stamp_ns) for f in (min, max))
-        if (spread := pictures[last].stamp_ns - pictures[first].stamp_ns) > self._spread_ns:
+        pictures, lost = self._pictures(anchor, final)
+        first, last = (f(pictures, key=lambda c: pictures[c].stamp_ns) for f in (min, max))
+        if (spread := pictures[last].stamp_ns - pictures[first].stamp_ns) > self.limits.spread_ns:
             raise _Refused(
                 "camera spread",
                 f"images at {seconds(anchor.stamp_ns)} are {spread / NS:.3f} s apart ({first} to {last}): "
-                f"synchronise the cameras or raise max_camera_spread ({self._spread_ns / NS:g} s)",
+                f"synchronise the cameras or raise max_camera_spread ({self.limits.max_camera_spread:g} s)",
             )
-        rig = {c: self._camera(c) for c in CAMERAS}
-        for name, picture in pictures.items():
-            wanted = (rig[name].width, rig[name].height)
-            if picture.size != wanted:
-                got, info = "{} x {}".format(*picture.size), "{} x {}".format(*wanted)
-                raise _Refused(
-                    "wrong image size",
-                    f"{name}: image is {got} pixels but {topics.camera_info_topic(name)} says {info}: "
-                    "publish the calibration of the image as it is sent",
-                )
         if not self.location:
             raise _Waiting("no location", f"no location yet: publish {topics.LOCATION} or set the parameter 'location'")
-        poses = {c: self._pose_at(c, pictures[c].stamp_ns) for c in CAMERAS}
+        poses = {c: self._pose_at(c, picture.stamp_ns) for c, picture in pictures.items()}
+        self._check_continuity(pictures[first].stamp_ns, pictures[last].stamp_ns)
         try:
             shots = tuple(
-                CameraShot(rig[c], pictures[c].stamp_ns, content(pictures[c].message), poses[c].map_from_base)
-                for c in CAMERAS
+                CameraShot(self._camera(c), picture.stamp_ns, content(picture.message), poses[c].map_from_base)
+                for c, picture in pictures.items()
             )
         except (ValueError, TypeError) as exc:
             raise _Refused("bad image", f"images at {seconds(anchor.stamp_ns)} cannot be unpacked ({exc})") from exc
+        self._lost = set(lost)
+        self.lost = {self.prefixes[name]: text for name, text in lost.items()}
         ego = poses[ANCHOR_CAMERA]
         return Frame(anchor.stamp_ns, self.location, ego.map_from_base, shots, ego.position_std, ego.yaw_std)
+
+    def _pictures(self, anchor: Picture, final: bool) -> tuple[dict[str, Picture], dict[str, str]]:
+        """Return the images that belong to an anchor, in the order of ``CAMERAS``, and why cameras have none.
+
+        A camera is done without, as far as ``min_cameras`` allows, when its image will not come or cannot be used.
+        One that was done without before is not waited for.
+        """
+        pictures: dict[str, Picture] = {}
+        faults: dict[str, _Waiting] = {}
+        for name in CAMERAS:
+            try:
+                picture = anchor if name == ANCHOR_CAMERA else self._nearest(name, anchor.stamp_ns, final)
+                if picture.fault:
+                    raise _Refused(*picture.fault)
+                self._check_size(name, picture)
+                pictures[name] = picture
+            except _Waiting as exc:
+                faults[name] = exc
+        refused = {n: exc for n, exc in faults.items() if isinstance(exc, _Refused)}
+        hopeless = ANCHOR_CAMERA in refused or len(CAMERAS) - len(refused) < self.limits.min_cameras
+        waited_for = {n: exc for n, exc in faults.items() if not (final or n in refused or n in self._lost)}
+        too_few = ANCHOR_CAMERA in faults or len(pictures) < self.limits.min_cameras
+        if hopeless or waited_for or too_few:
+            raise next(iter((refused if hopeless else waited_for or faults).values()))
+        return pictures, {name: str(exc) for name, exc in faults.items()}
+
+    def _check_size(self, name: str, picture: Picture) -> None:
+        camera = self._camera(name)
+        if picture.size != (camera.width, camera.height):
+            got, info = "{} x {}".format(*picture.size), f"{camera.width} x {camera.height}"
+            raise _Refused(
+                "wrong image size",
+                f"{name}: image is {got} pixels but {topics.camera_info_topic(self.prefixes[name])} says {info}: "
+                "publish the calibration of the image as it is sent",
+            )
+
+    def _check_continuity(self, first_ns: int, last_ns: int) -> None:
+        """Refuse images (stamps of the first and the last) between which the localisation has jumped."""
+        begin = max(bisect.bisect_right(self._poses, first_ns, key=_by_stamp) - 1, 0)
+        end = bisect.bisect_left(self._poses, last_ns, key=_by_stamp) + 1
+        for before, after in pairwise(self._poses[begin:end]):
+            metres = float(np.linalg.norm(after.map_from_base[:3, 3] - before.map_from_base[:3, 3]))
+            turn = abs(yaw_of(inverse(before.map_from_base) @ after.map_from_base))
+            gap = (after.stamp_ns - before.stamp_ns) / NS
+            if (metres > JUMP_M and metres > MAX_SPEED * gap) or (turn > JUMP_RAD and turn > MAX_TURN * gap):
+                raise _Refused(
+                    "pose jump",
+                    f"{topics.ODOM} jumps by {metres:.1f} m and {math.degrees(turn):.0f} degrees at "
+                    f"{seconds(after.stamp_ns)} (normal after a relocalisation): the frame across it is left out",
+                )
 
     def _nearest(self, name: str, stamp: int, final: bool) -> Picture:
         """Return a camera's image nearest to a stamp once no nearer one is to be expected."""
@@ -320,19 +436,20 @@ class FrameAssembler:
         best = near[0] if near else None
         newest = self._newest.get(name)
         distance = abs(best.stamp_ns - stamp) if best else None
-        if best and distance is not None and distance <= self._spread_ns:
+        if best and distance is not None and distance <= self.limits.spread_ns:
             # Settled when the camera itself has passed the stamp, or when the others have run on by twice the
             # distance: the less an image fits, the longer a better one is waited for.
             if final or (newest is not None and newest >= stamp) or self._time(0) >= stamp + 2 * distance:
                 return best
             raise _Waiting("missing camera", f"{name} may still come")
-        topic = topics.image_topic(name)
+        topic = topics.image_topic(self.prefixes[name])
+        limit = f"{self.limits.max_camera_spread:g} s"
         hint = "nothing was received" if newest is None else f"its newest is {(newest - stamp) / NS:+.3f} s from it"
         text = (
-            f"{name} has no image within {self._spread_ns / NS:g} s of {ANCHOR_CAMERA} at {seconds(stamp)} ({hint}): "
+            f"{name} has no image within {limit} of {ANCHOR_CAMERA} at {seconds(stamp)} ({hint}): "
             f"check {topic} and its stamps"
         )
-        passed = newest is not None and newest > stamp + self._spread_ns
+        passed = newest is not None and newest > stamp + self.limits.spread_ns
         raise (_Refused if passed else _Waiting)("missing camera", text)
 
     def _camera(self, name: str) -> Camera:
@@ -340,9 +457,12 @@ class FrameAssembler:
             return self._rig[name]
         info = self._calibrations.get(name)
         if info is None:
-            topic = topics.camera_info_topic(name)
+            topic = topics.camera_info_topic(self.prefixes[name])
             text = self._calibration_faults.get(name, f"no calibration of {name} was received: check the topic {topic}")
             raise _Waiting("no calibration", text)
+        if name in self._mounted:
+            self._rig[name] = Camera(name, info.width, info.height, info.intrinsics, self._mounted[name])
+            return self._rig[name]
         frame, transform, seen = info.frame_id, np.eye(4), set[str]()
         while frame != topics.BASE_FRAME:
             if frame not in self._static or frame in seen:
@@ -364,7 +484,7 @@ class FrameAssembler:
         if after and after.stamp_ns == stamp:
             return after
         before = self._poses[at - 1] if at else None
-        if before and after and max(stamp - before.stamp_ns, after.stamp_ns - stamp) <= self._pose_age_ns:
+        if before and after and max(stamp - before.stamp_ns, after.stamp_ns - stamp) <= self.limits.pose_age_ns:
             f = (stamp - before.stamp_ns) / (after.stamp_ns - before.stamp_ns)
             return _Pose(
                 stamp,
@@ -374,7 +494,7 @@ class FrameAssembler:
             )
         gaps = [f"{(p.stamp_ns - stamp) / NS:+.3f} s" for p in (before, after) if p]
         text = (
-            f"no pose within {self._pose_age_ns / NS:g} s on either side of {name} at {seconds(stamp)} "
+            f"no pose within {self.limits.pose_age_ns / NS:g} s on either side of {name} at {seconds(stamp)} "
             f"(nearest: {', '.join(gaps) or 'none received'}): check {topics.ODOM} or raise max_pose_age"
         )
         # Poses come in order, so one that lies beyond shows that no better one will.
@@ -382,9 +502,9 @@ class FrameAssembler:
 
     def _prune(self) -> None:
         """Let go of images that no frame can use any more."""
-        horizon = self._time(1) - self._spread_ns - self._patience_ns
+        horizon = self._time(1) - self.limits.spread_ns - self.limits.patience_ns
         if anchors := self._images[ANCHOR_CAMERA]:
-            horizon = min(horizon, anchors[0].stamp_ns - self._spread_ns)
+            horizon = min(horizon, anchors[0].stamp_ns - self.limits.spread_ns)
         for name in CAMERAS:
             if name != ANCHOR_CAMERA:
                 self._retire(name, bisect.bisect_left(self._images[name], horizon, key=_by_stamp))
@@ -394,18 +514,19 @@ class FrameAssembler:
         queue = self._images[name]
         for picture in queue[:count] if name != ANCHOR_CAMERA else ():
             stamp = picture.stamp_ns
-            if any(abs(stamp - a) <= self._spread_ns for a in self._anchors_seen):
+            if any(abs(stamp - a) <= self.limits.spread_ns for a in self._anchors_seen):
                 continue
             if stamp > self._time(1):
                 continue  # no other camera has come this far: a clock of its own
-            if self._anchors_seen and stamp < self._anchors_seen[0] - self._spread_ns:
+            if self._anchors_seen and stamp < self._anchors_seen[0] - self.limits.spread_ns:
                 continue  # from before the anchor camera's start, or too old to know
-            if all(abs(stamp - o) > self._spread_ns // 2 for o in self._orphans):
+            if all(abs(stamp - o) > self.limits.spread_ns // 2 for o in self._orphans):
                 self._orphans.append(stamp)
-                topic = topics.image_topic(ANCHOR_CAMERA)
+                topic = topics.image_topic(self.prefixes[ANCHOR_CAMERA])
+                limit = f"{self.limits.max_camera_spread:g} s"
                 self._drop(
                     "missing camera",
-                    f"{ANCHOR_CAMERA} has no image within {self._spread_ns / NS:g} s of {name} at {seconds(stamp)}: "
+                    f"{ANCHOR_CAMERA} has no image within {limit} of {name} at {seconds(stamp)}: "
                     f"check {topic} and its stamps",
                 )
         del queue[:count]

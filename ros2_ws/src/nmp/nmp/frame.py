@@ -63,7 +63,7 @@ class CameraShot:
 
 @dataclass(frozen=True)
 class Frame:
-    """Six images of one moment, and where the car was."""
+    """The images of one moment, and where the car was."""
 
     stamp_ns: int
     """stamp of the anchor camera"""
@@ -72,7 +72,7 @@ class Frame:
     map_from_base: Array
     """[4, 4] ego pose at ``stamp_ns``"""
     shots: tuple[CameraShot, ...]
-    """one per camera, in the order of ``CAMERAS``"""
+    """one per camera that delivered, the anchor among them, in the order of ``CAMERAS``"""
     position_std: float = 0.0
     """standard deviation of the ego position, m"""
     yaw_std: float = 0.0

@@ -8,22 +8,27 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nmp.errors import NmpError
-from nmp.frame import Frame, LocalMap
+from nmp.frame import CAMERAS, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
 from nmp.geometry import BevGrid, yaw_of
+from nmp.model.config import NetworkConfig
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
 from nmp.model.weights import load_network
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ class OnlineMapper:
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
+    :param min_cameras: images that a frame must have; the network is told which ones are missing
+
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that
     is not there or too small.
     """
@@ -65,6 +72,7 @@ class OnlineMapper:
         device: str = "cpu",
         precision: str = "auto",
         compiled: bool = False,
+        min_cameras: int = len(CAMERAS),
     ) -> None:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
@@ -74,6 +82,7 @@ class OnlineMapper:
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
         self._whole = whole
+        self._min_cameras = min_cameras
         self._spec = _spec_of(self.network, self.fingerprint)
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
@@ -82,6 +91,8 @@ class OnlineMapper:
         """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
         self.gates = PoseGate(limits)
         """judges the poses: how often and why a frame was not stored"""
+        self.stages_s: dict[str, float] = {}
+        """what each stage of the last update took, s"""
         self._cities: dict[str, CityPrior] = {}
         if use_prior and self.prior_dir.is_dir():
             # A foreign prior is refused before the first frame, not after the drive has begun.
@@ -118,9 +129,14 @@ class OnlineMapper:
         """
         if not frame.location:
             raise NmpError("frame names no location: set the parameter 'location' or publish the topic 'location'")
-        images = network_input(frame, self.config)
+        clock = _Stages()
+        images = masked_input(frame, self.config, self._min_cameras)
+        clock.done("decoding")
         if not self.use_prior:
-            return self._local_map(frame, _checked(self._runner.run(*images)))
+            answer = _checked(self._runner.run(*images))
+            clock.done("network")
+            self.stages_s = clock.seconds
+            return self._local_map(frame, answer)
 
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
         cell = self.config.prior_cell
@@ -130,12 +146,16 @@ class OnlineMapper:
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
         latent, evidence = city.read(window)
+        clock.done("reading prior")
         weight = self.gates.check(frame)
         if weight < 1:
             evidence = doubted(evidence, weight, EVIDENCE_SCALE)
         answer = _checked(self._runner.run(*images, pose, latent, evidence))
+        clock.done("network")
         if self.gates.may_store(answer.found):
             self._store(city, window, answer, frame.stamp_ns)
+        clock.done("writing prior")
+        self.stages_s = clock.seconds
         return self._local_map(frame, answer)
 
     def _store(self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int) -> None:
@@ -163,6 +183,12 @@ class OnlineMapper:
             evidence=evidence,
         )
 
+    def prior_size(self) -> dict[str, int]:
+        """Return how many tiles the open cities have, and how much of them is in memory or not saved yet."""
+        sizes = [city.statistics() for city in list(self._cities.values())]
+        names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
+        return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
+
     def flush(self) -> None:
         """Write everything that the prior holds to disk."""
         for city in self._cities.values():
@@ -173,15 +199,20 @@ class OnlineMapper:
         self.close()
         self.prior_dir = Path(prior_dir)
 
-    def close(self, recording: str = "") -> None:
-        """Commit what this drive added to the prior, and release it. Safe to call twice; more frames begin a new drive.
+    def close(self, recording: str = "") -> dict[str, Record]:
+        """Commit what this drive added to the prior, release it, and return the drive by city. Safe to call twice.
+
+        More frames begin a new drive.
 
         :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
         """
         self.gates.restart()
+        added = {}
         while self._cities:
-            _, city = self._cities.popitem()
-            city.close(recording)
+            location, city = self._cities.popitem()
+            if record := city.close(recording):
+                added[location] = record
+        return added
 
     def discard(self) -> None:
         """Release the prior without what this drive added to it."""
@@ -200,6 +231,36 @@ class OnlineMapper:
             self.discard()
         else:
             self.close()
+
+
+class _Stages:
+    """A stopwatch for what follows one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at_s = time.monotonic()
+
+    def done(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self._at_s = now - self._at_s, now
+
+
+def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, pixel_from_base, present) of :func:`network_input` for a frame that may lack cameras.
+
+    A camera without a shot is black and not present, as where training drops cameras. Where it would look makes no
+    difference then. Raises :class:`NmpError` when there are fewer shots than ``min_cameras``.
+    """
+    there = {shot.camera.name for shot in frame.shots}
+    lost = [name for name in CAMERAS if name not in there]
+    if not lost or len(there) < max(min_cameras, 1):
+        return network_input(frame, config)
+    first = frame.shots[0]
+    black = np.zeros((first.camera.height, first.camera.width, 3), np.uint8)
+    stand_ins = [replace(first, camera=replace(first.camera, name=name), image=black) for name in lost]
+    images, pixel_from_base, present = network_input(replace(frame, shots=(*frame.shots, *stand_ins)), config)
+    present[0, [CAMERAS.index(name) for name in lost]] = 0.0
+    return images, pixel_from_base, present
 
 
 def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:

@@ -27,6 +27,10 @@ BEV = "~/bev"
 VECTORS = "~/vectors"
 """visualization_msgs/MarkerArray, latched: the elements around the car, with lasting ids."""
 SAVE_PRIOR = "~/save_prior"
+LOAD_PRIOR = "~/load_prior"
+EXPORT_PRIOR = "~/export_prior"
+RESET = "~/reset"
+PAUSE = "~/pause"
 
 MAP_FRAME = "map"
 ODOM_FRAME = "odom"
@@ -68,6 +72,11 @@ def camera_info_topic(camera: str) -> str:
 def layer_topic(name: str) -> str:
     """Return the (private) topic of a layer, for instance ``~/layers/divider``."""
     return f"~/layers/{name}"
+
+
+def city_topic(name: str) -> str:
+    """Return the (private) topic of a layer of the whole city, for instance ``~/city/divider``."""
+    return f"~/city/{name}"
 
 
 def optical_frame(camera: str) -> str:

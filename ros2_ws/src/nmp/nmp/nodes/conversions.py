@@ -20,6 +20,7 @@ from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw,
 from nmp.layers import to_occupancy
 from nmp.vectorize import outline
 from nmp.vectors.elements import MapElement
+from nmp.vectors.raster import Overview
 from nmp.vectors.tracker import Tracked
 
 try:
@@ -63,6 +64,24 @@ def to_occupancy_grids(local_map: LocalMap) -> dict[str, OccupancyGrid]:
         origin.orientation.x, origin.orientation.y = float(x), float(y)
         origin.orientation.z, origin.orientation.w = float(z), float(w)
         msg.data = array.array("b", cells.tobytes())
+        out[name] = msg
+    return out
+
+
+def to_city_grids(overview: Overview, stamp_ns: int) -> dict[str, OccupancyGrid]:
+    """Return one grid per class of a whole city, in the axes of ``map``: 0..100 %, -1 where nothing was ever seen."""
+    cells = np.where(overview.seen > 0, np.rint(100 * np.clip(overview.probabilities, 0, 1)), -1).astype(np.int8)
+    out: dict[str, OccupancyGrid] = {}
+    for name, layer in zip(CLASSES, cells, strict=True):
+        msg = OccupancyGrid()
+        msg.header.stamp = to_time(stamp_ns)
+        msg.header.frame_id = topics.MAP_FRAME
+        msg.info.map_load_time = msg.header.stamp
+        msg.info.resolution = float(overview.resolution)
+        msg.info.height, msg.info.width = layer.shape
+        msg.info.origin.position.x, msg.info.origin.position.y = (float(value) for value in overview.corner)
+        msg.info.origin.orientation.w = 1.0
+        msg.data = array.array("b", layer.tobytes())
         out[name] = msg
     return out
 

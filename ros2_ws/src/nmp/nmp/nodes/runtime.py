@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
     try:
         node = make(stop)
         executor.add_node(node)
+        logging.getLogger("nmp").addHandler(ToRos(node))
         spinner = threading.Thread(target=_spin, args=(executor, stop), name="executor", daemon=True)
         spinner.start()
         stop.wait()
@@ -51,6 +53,17 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+
+
+class ToRos(logging.Handler):
+    """Sends what the library logs, for instance of a damaged prior, on to a node's log and so to ``/rosout``."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(logging.WARNING)
+        self._logger = node.get_logger()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (self._logger.error if record.levelno >= logging.ERROR else self._logger.warning)(record.getMessage())
 
 
 def _spin(executor: SingleThreadedExecutor, stop: threading.Event) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+RECENT = 100
+"""frames over which the latency of the stages is told"""
 
 
 class RunStatistics:
@@ -18,26 +22,42 @@ class RunStatistics:
         self.answered = 0
         self._lock = threading.Lock()
         self._drops: Counter[str] = Counter()
+        self._skips: Counter[str] = Counter()
         self._last_error: dict[str, str] = {}
         self._latencies: deque[float] = deque(maxlen=100_000)
+        self._stages: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
-    def answer(self, latency_s: float) -> None:
-        """Count one frame whose layers are out."""
+    def answer(self, latency_s: float, stages_s: Mapping[str, float]) -> None:
+        """Count one frame whose layers are out, with the time that each stage of it took (s)."""
         with self._lock:
             self.answered += 1
             self._latencies.append(latency_s)
+            for stage, seconds in stages_s.items():
+                self._stages[stage].append(seconds)
 
-    def drop(self, cause: str, text: str) -> None:
-        """Count one lost frame."""
+    def drop(self, cause: str, text: str, count: int = 1) -> None:
+        """Count lost frames."""
         with self._lock:
-            self._drops[cause] += 1
-            self._last_error[cause] = text
+            if count:
+                self._drops[cause] += count
+                self._last_error[cause] = text
+
+    def skip(self, cause: str, count: int) -> None:
+        """Count frames that were left alone because somebody wanted it so."""
+        with self._lock:
+            self._skips[cause] += count
 
     @property
     def drops(self) -> Counter[str]:
         """Frames lost after they were complete, by cause; a copy."""
         with self._lock:
             return self._drops.copy()
+
+    @property
+    def skips(self) -> Counter[str]:
+        """Frames left alone, by cause; a copy."""
+        with self._lock:
+            return self._skips.copy()
 
     @property
     def last_error(self) -> dict[str, str]:
@@ -51,6 +71,11 @@ class RunStatistics:
             values = list(self._latencies)[-newest:]
         return float(np.percentile(values, percent)) if values else float("nan")
 
+    def stages(self) -> dict[str, float]:
+        """Return the median time of each stage over the last frames, s, in the order of the stages."""
+        with self._lock:
+            return {stage: float(np.median(values)) for stage, values in self._stages.items()}
+
     def summary(self, assembly_drops: Counter[str]) -> dict[str, Any]:
         """Return everything as JSON-ready values; latency is None when nothing was answered."""
         drops = self.drops + assembly_drops
@@ -59,7 +84,9 @@ class RunStatistics:
             "frames_answered": self.answered,
             "dropped": sum(drops.values()),
             "drops": dict(sorted(drops.items())),
+            "skips": dict(sorted(self.skips.items())),
         }
         for name, percent in (("median", 50), ("p95", 95), ("max", 100)):
             out[f"latency_{name}_s"] = round(self.latency(percent), 4) if self.answered else None
+        out["stages_s"] = {stage: round(seconds, 5) for stage, seconds in self.stages().items()}
         return out

@@ -1,0 +1,140 @@
+"""What the mapping node listens to: messages into the assembler, and which topic has fallen silent."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from nav_msgs.msg import Odometry
+from rclpy.node import Node
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import String
+from tf2_msgs.msg import TFMessage
+
+from nmp import topics
+from nmp.assembly import FrameAssembler
+from nmp.nodes.parameters import SILENT_AFTER
+from nmp.nodes.qos import profile
+from nmp.nodes.settings import Settings
+
+
+class Inputs:
+    """The subscriptions of one activation.
+
+    :param arrived: called with the topic after every message that the assembler took, in the executor's thread
+    """
+
+    def __init__(
+        self, node: Node, settings: Settings, assembler: FrameAssembler, arrived: Callable[[str], None]
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        """messages received, by topic"""
+        self.busy_s = 0.0
+        """time spent in callbacks since somebody set this to zero, s"""
+        self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
+        self._node = node
+        self._arrived = arrived
+        self._sim_time = bool(node.get_parameter("use_sim_time").value)
+        self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
+        self._started_s = time.monotonic()
+        self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
+        self._subscriptions: list[Subscription] = []
+        self._steady: set[str] = set()
+        """topics that never pause while the car drives; the others may come once only"""
+        self._subscribe(settings, assembler)
+
+    def _subscribe(self, settings: Settings, assembler: FrameAssembler) -> None:
+        image_type = CompressedImage if settings["image_transport"] == "compressed" else Image
+        pose_type = Odometry if settings["pose_type"] == "odometry" else PoseWithCovarianceStamped
+        for name, prefix in assembler.prefixes.items():
+            image = topics.image_topic(prefix, settings["image_transport"])
+            self._listen(image_type, image, topics.SENSOR_IN, partial(assembler.add_image, name), steady=True)
+            info = topics.camera_info_topic(prefix)
+            self._listen(CameraInfo, info, topics.SENSOR_IN, partial(assembler.add_camera_info, name))
+        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
+        if not settings["extrinsics_file"]:
+            static = topics.TopicQos(depth=100, latched=True)  # every broadcaster keeps a message of its own
+            self._listen(TFMessage, topics.TF_STATIC, static, assembler.add_static_transforms)
+        if settings["location"]:
+            assembler.set_location(settings["location"])
+        else:
+            self._listen(String, topics.LOCATION, topics.LATCHED, lambda msg: assembler.set_location(msg.data))
+
+    def _listen(
+        self,
+        kind: type,
+        topic: str,
+        qos: topics.TopicQos,
+        take: Callable[[Any], None],
+        *,
+        steady: bool = False,
+        drain: bool = False,
+    ) -> None:
+        """Subscribe. ``drain``: take all messages that wait, not only one for every one of the other topics."""
+
+        def on_message(msg: Any) -> None:
+            begin = time.monotonic()
+            self._heard[topic] = begin, self._now_ns()
+            # The executor serves one message of each topic in turn: many small ones would fall behind the images.
+            waiting = _waiting(subscription) if drain else ()
+            for message in (msg, *waiting):
+                self.counts[topic] += 1
+                take(message)
+            self._arrived(topic)
+            self.busy_s += time.monotonic() - begin
+
+        self.counts[topic] = 0
+        if steady:
+            self._steady.add(topic)
+        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos))
+        self._subscriptions.append(subscription)
+
+    def close(self) -> None:
+        """Stop listening."""
+        while self._subscriptions:
+            self._node.destroy_subscription(self._subscriptions.pop())
+
+    def silent(self) -> list[str]:
+        """Return the inputs from which nothing comes, each with what is known of its publishers.
+
+        With simulated time a topic is silent only when that time goes on without it: a recording may be held, or
+        played at a tenth of its speed.
+        """
+        now = time.monotonic()
+        if (ros_ns := self._now_ns()) != self._clock[1]:
+            self._clock = now, ros_ns
+        if now - self._started_s < SILENT_AFTER:
+            return []
+        if self._heard:
+            last = max(self._heard.values())
+            if (quiet := now - last[0]) > SILENT_AFTER and self._missed(last):
+                return [f"any input for {quiet:.0f} s: is the recording over, or the driver down?"]
+            if quiet > SILENT_AFTER and (still := now - self._clock[0]) > SILENT_AFTER:
+                return [f"{topics.CLOCK}: time stands still for {still:.0f} s: is the recording over, or held?"]
+        out = []
+        for topic in self.counts:
+            heard = self._heard.get(topic)
+            if heard is None or (topic in self._steady and now - heard[0] > SILENT_AFTER and self._missed(heard)):
+                count = self._node.count_publishers(topic)
+                since = "never" if heard is None else f"for {now - heard[0]:.0f} s not"
+                out.append(f"{topic} ({since} received, {count} publisher{'' if count == 1 else 's'})")
+        return out
+
+    def _missed(self, heard: tuple[float, int]) -> bool:
+        """Whether time went on, by the node's clock, since a message was heard."""
+        return not self._sim_time or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
+
+    def _now_ns(self) -> int:
+        return int(self._node.get_clock().now().nanoseconds)
+
+
+def _waiting(subscription: Subscription) -> Iterator[Any]:
+    """Take the messages that wait at a subscription."""
+    with subscription.handle:
+        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
+            yield taken[0]

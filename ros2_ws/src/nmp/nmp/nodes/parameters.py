@@ -1,0 +1,163 @@
+"""The parameters of ``mapping_node`` as data: declared to ROS by :mod:`nmp.nodes.settings`, listed in docs/node.md.
+
+Nothing here imports ROS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nmp.frame import CAMERAS
+
+SILENT_AFTER = 2.0
+"""a topic without messages for so long is reported, s of wall time"""
+REPORT_PERIOD = 1.0
+"""time between two messages on /diagnostics, s of wall time"""
+STOP_TIMEOUT = 30.0
+"""longest wait for the network and the disk when the node is deactivated or ends, s"""
+
+Value = bool | int | float | str | tuple[str, ...]
+
+
+class Change(Enum):
+    """When a parameter may be changed."""
+
+    NEVER = "at the start only"
+    UNCONFIGURED = "while unconfigured"
+    ALWAYS = "at any time"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter; its type is that of the default."""
+
+    name: str
+    default: Value
+    description: str
+    change: Change = Change.UNCONFIGURED
+    low: float = 0
+    """of a number, inclusive"""
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    """of a text; empty: any"""
+
+    @property
+    def type(self) -> str:
+        """The type as ROS names it."""
+        kinds = {bool: "bool", int: "integer", float: "double", str: "string", tuple: "string array"}
+        return kinds[type(self.default)]
+
+    def fault(self, value: Value) -> str:
+        """Return why a value of the right type and range cannot be used; empty when it can."""
+        if self.choices and value not in self.choices:
+            return f"parameter '{self.name}' is '{value}': choose {' or '.join(self.choices)}"
+        if isinstance(value, tuple):
+            names = [name.strip("/ ") for name in value]
+            if len(value) != len(CAMERAS) or len(set(names)) != len(names) or not all(names):
+                return f"parameter '{self.name}' has {len(value)} names: give {len(CAMERAS)} different ones"
+        return ""
+
+
+PARAMETERS = (
+    Parameter(
+        "autostart", True, "Configure and activate at the start; false: wait for `ros2 lifecycle set`.", Change.NEVER
+    ),
+    Parameter("weights", "", "Network weights (.safetensors); empty: those in the package."),
+    Parameter("prior_dir", "", "Folder of the stored city map; empty: ~/.local/share/nmp/prior."),
+    Parameter("location", "", "City of the prior, e.g. boston-seaport; empty: wait for the topic 'location'."),
+    Parameter("use_prior", True, "False: the network alone, nothing is remembered."),
+    Parameter(
+        "flush_interval", 2.0, "Longest time, s, that a change of the prior stays in memory.", low=0.1, high=3600.0
+    ),
+    Parameter("device", "auto", "What computes the network: cpu, cuda, cuda:1 ... or auto, a GPU where there is one."),
+    Parameter(
+        "precision",
+        "auto",
+        "Of the network: fp32, bf16, or auto, bf16 where the device computes in it.",
+        choices=("auto", "fp32", "bf16"),
+    ),
+    Parameter("compile", False, "Compile the network for the GPU: a minute at the start, then faster frames."),
+    Parameter("cameras", CAMERAS, "Topic prefixes of the six cameras, clockwise from the front."),
+    Parameter(
+        "extrinsics_file", "", "YAML file of the cameras' mounting; empty: it is taken from the topic '/tf_static'."
+    ),
+    Parameter(
+        "image_transport", "compressed", "Images to subscribe to: compressed or raw.", choices=("compressed", "raw")
+    ),
+    Parameter(
+        "pose_type",
+        "odometry",
+        "Message of the topic 'odom': odometry or pose_with_covariance.",
+        choices=("odometry", "pose_with_covariance"),
+    ),
+    Parameter("vectors", True, "Publish lines and polygons on ~/vectors while somebody listens; false: never."),
+    Parameter(
+        "city_period",
+        5.0,
+        "Seconds between two messages on ~/city while somebody listens; 0: never, and nothing is added up for it.",
+        low=0.0,
+        high=3600.0,
+    ),
+    Parameter("stats_file", "", "JSON file to write counts and latency to at the end; empty: none."),
+    Parameter(
+        "min_cameras",
+        6,
+        "Cameras that a frame needs, the front one among them; fewer than 6: the lost ones are masked in the network.",
+        Change.ALWAYS,
+        low=1,
+        high=6,
+    ),
+    Parameter(
+        "max_camera_spread",
+        0.1,
+        "Longest time, s, between the first and last image of a frame.",
+        Change.ALWAYS,
+        low=1e-3,
+        high=10.0,
+    ),
+    Parameter(
+        "max_pose_age",
+        0.2,
+        "Longest time, s, between an image and the poses around it.",
+        Change.ALWAYS,
+        low=1e-3,
+        high=10.0,
+    ),
+    Parameter(
+        "max_rate",
+        0.0,
+        "Frames a second, in stamps, that are mapped at most; images in between are left alone; 0: all are mapped.",
+        Change.ALWAYS,
+        low=0.0,
+        high=100.0,
+    ),
+    Parameter(
+        "queue_size",
+        2,
+        "Frames that may wait for the network; when full, the oldest is dropped.",
+        Change.ALWAYS,
+        low=1,
+        high=1000,
+    ),
+    Parameter(
+        "idle_without_subscribers",
+        False,
+        "Map nothing while nobody listens to layers, vectors or picture: nothing is remembered then either.",
+        Change.ALWAYS,
+    ),
+    Parameter(
+        "service_timeout",
+        10.0,
+        "Longest time, s, until a service answers; what it asked for goes on in the background.",
+        Change.ALWAYS,
+        low=0.1,
+        high=3600.0,
+    ),
+)
+
+PLATFORMS: dict[str, dict[str, Value]] = {
+    "cpu": {"device": "cpu", "max_rate": 4.0},
+    "gpu": {"device": "cuda"},
+}
+"""what differs from the defaults on a computer without a GPU, and with one: config/<platform>.yaml"""

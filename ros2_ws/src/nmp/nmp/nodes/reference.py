@@ -1,0 +1,162 @@
+"""Writes docs/node.md and the parameter files from the declarations: ``python -m nmp.nodes.reference``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nmp import assembly
+from nmp.nodes import interface
+from nmp.nodes.parameters import PARAMETERS, PLATFORMS, SILENT_AFTER, STOP_TIMEOUT, Parameter, Value
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parents[3]
+"""of a checkout: the page lies outside the package"""
+
+_INTRODUCTION = """\
+# mapping_node
+
+<!-- made by python -m nmp.nodes.reference: change the declarations in nmp/nodes, not this page -->
+
+A lifecycle node. `configure` loads the network and opens the prior; `activate` listens and maps; `deactivate` saves the
+prior, commits the drive and frees the memory of the GPU; `cleanup` lets go of the rest. With `autostart` (the default)
+it does the first two by itself. A transition that cannot be made says why on `/diagnostics` and in the log, and leaves
+the state as it was; one that breaks halfway releases everything, and the node is unconfigured. After `shutdown` the
+process ends.
+
+```bash
+ros2 run nmp mapping_node --ros-args --params-file $(ros2 pkg prefix nmp)/share/nmp/config/cpu.yaml -p autostart:=false
+ros2 lifecycle set /mapping_node configure
+ros2 lifecycle set /mapping_node activate
+```
+
+Names are relative, so that namespaces and remapping work as usual; `~` is the name of the node.
+"""
+
+_CAMERAS = """\
+Frames are made of the images nearest to each one of the front camera. With `min_cameras` below 6, a camera that is
+lost, damaged or without calibration is masked in the network, and the map goes on; after one frame nobody waits for it,
+and with its first image it is back. The shipped network was not trained with lost cameras: what they saw is filled in
+from the prior only.
+
+`extrinsics_file` has, for each name in `cameras`, where it is mounted: its optical frame (x right, y down, z forward)
+in `base_link`:
+
+```yaml
+cam_front: {translation: [1.7, 0.0, 1.5], rotation: [-0.5, 0.5, -0.5, 0.5]}  # m; quaternion x, y, z, w
+```
+"""
+
+
+def page() -> str:
+    """Return the text of docs/node.md."""
+    topics_header = ("topic", "type", "", "what")
+    parts = [
+        _INTRODUCTION,
+        "## Parameters\n",
+        "One file per platform shows them all: " + ", ".join(f"`config/{name}.yaml`" for name in PLATFORMS) + ".\n",
+        _table(
+            ("parameter", "type", "default", "range", "may change", "what"),
+            ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in PARAMETERS),
+        ),
+        _CAMERAS,
+        "## Topics it listens to\n",
+        "Images and poses are subscribed to as best effort. `image_transport` and `pose_type` choose other types.\n",
+        _table(topics_header, (_row(t) for t in interface.inputs())),
+        "## Topics it publishes\n",
+        _table(topics_header, (_row(t) for t in interface.OUTPUTS)),
+        "## Services\n",
+        "All answer within `service_timeout`, with a code and a sentence; outside the state active they are refused.\n",
+        _table(
+            ("service", "type", "what"), ([f"`{s.name}`", f"`{s.type}`", s.description] for s in interface.SERVICES)
+        ),
+        *(_definition(s.type) for s in interface.SERVICES),
+        "## Limits\n",
+        _table(("what", "limit"), _limits()),
+    ]
+    return "\n".join(parts)
+
+
+def params_file(platform: str) -> str:
+    """Return the text of config/<platform>.yaml: every parameter with its description."""
+    lines = [
+        f"# Parameters of mapping_node for a {platform.upper()}; docs/node.md has their ranges.",
+        "# Made by python -m nmp.nodes.reference: copy it to change it.",
+        "/**/mapping_node:",
+        "  ros__parameters:",
+    ]
+    for p in PARAMETERS:
+        value = PLATFORMS[platform].get(p.name, p.default)
+        lines += [f"    # {p.description}", f"    {p.name}: {_yaml(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def files() -> dict[Path, str]:
+    """Return what is written, by path."""
+    config = {PACKAGE / "config" / f"{name}.yaml": params_file(name) for name in PLATFORMS}
+    return {ROOT / "docs" / "node.md": page(), **config}
+
+
+def _limits() -> list[list[str]]:
+    defaults = assembly.Limits()
+    return [
+        ["images and poses in one frame", "parameters `max_camera_spread`, `max_pose_age`"],
+        ["wait for a late message, in stamps", f"{defaults.patience:g} s after the other cameras have gone on"],
+        ["stamps that go back: a new time line", f"by more than {assembly.CLOCK_JUMP_NS / assembly.NS:g} s"],
+        [
+            "jump of the pose: the frame across it is dropped",
+            f"over {assembly.JUMP_M:g} m at {assembly.MAX_SPEED:g} m/s, or {assembly.JUMP_RAD:g} rad at "
+            f"{assembly.MAX_TURN:g} rad/s",
+        ],
+        ["poses that are kept", str(assembly.POSES_KEPT)],
+        ["silence of a topic until it is reported", f"{SILENT_AFTER:g} s; with use_sim_time also of /clock"],
+        ["end, deactivation: wait for network and disk", f"{STOP_TIMEOUT:g} s"],
+        ["images", "rectified; JPEG, PNG, rgb8 or bgr8; of the size that camera_info says"],
+        ["files that services name", "inside the folder of the prior, links followed"],
+    ]
+
+
+def _definition(kind: str) -> str:
+    package, folder, name = kind.split("/")
+    text = (PACKAGE.parents[1] / package / folder / f"{name}.srv").read_text(encoding="utf-8")
+    return f"`{kind}`:\n\n```\n{text.rstrip()}\n```\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(topic: interface.Topic) -> list[str]:
+    return [f"`{topic.name}`", f"`{topic.type}`", "latched" if topic.latched else "", topic.description]
+
+
+def _default(parameter: Parameter) -> str:
+    return f"`{_yaml(parameter.default)}`"
+
+
+def _range(parameter: Parameter) -> str:
+    if parameter.choices:
+        return ", ".join(parameter.choices)
+    return f"{parameter.low:g} to {parameter.high:g}" if parameter.high else ""
+
+
+def _yaml(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def main() -> int:
+    """Write every file; return the exit code."""
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
