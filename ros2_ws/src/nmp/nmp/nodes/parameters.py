@@ -63,7 +63,7 @@ PARAMETERS = (
     Parameter(
         "autostart", True, "Configure and activate at the start; false: wait for `ros2 lifecycle set`.", Change.NEVER
     ),
-    Parameter("weights", "", "Network weights (.safetensors); empty: those in the package."),
+    Parameter("weights", "", "Network weights: a .safetensors file, cpu_default or gpu_default; empty: cpu_default."),
     Parameter("prior_dir", "", "Folder of the stored city map; empty: ~/.local/share/nmp/prior."),
     Parameter("location", "", "City of the prior, e.g. boston-seaport; empty: wait for the topic 'location'."),
     Parameter("use_prior", True, "False: the network alone, nothing is remembered."),
@@ -158,6 +158,6 @@ PARAMETERS = (
 
 PLATFORMS: dict[str, dict[str, Value]] = {
     "cpu": {"device": "cpu", "max_rate": 4.0},
-    "gpu": {"device": "cuda"},
+    "gpu": {"device": "cuda", "weights": "gpu_default"},
 }
 """what differs from the defaults on a computer without a GPU, and with one: config/<platform>.yaml"""
