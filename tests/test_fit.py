@@ -328,7 +328,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     assert float(moved.norm()) > 0.1
     assert float(apart.norm()) < 0.6 * float(moved.norm())
     scores = [s["stages"][0]["scores"]["with prior"]["all"]["miou"] for s in summaries]
-    assert min(scores) > 5 and abs(scores[0] - scores[1]) <= 5.0  # percent; untrained weights score about 2
+    assert scores[0] > 10 and abs(scores[0] - scores[1]) <= 5.0  # percent
 
 
 def test_processes_that_cannot_share_a_batch_are_refused() -> None:

@@ -121,7 +121,7 @@ def train_in_process(rank: int, ranks: int, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    stage = replace(tiny_config().stages[0], steps=6, batch=4, learning_rate=0.0005)
+    stage = replace(tiny_config().stages[0], steps=12, batch=4, learning_rate=0.001)
     config = tiny_config(stages=(stage,), ema_decay=0.5)
     source = ColouredSource(config)
     team = Ranks.join("cpu")
