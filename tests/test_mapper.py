@@ -15,7 +15,7 @@ from nmp.frame import CAMERAS, Frame
 from nmp.mapper import OnlineMapper
 from nmp.model import BEVNetwork, NetworkConfig, save_network
 from nmp.model.preprocess import network_input
-from nmp.model.weights import DEFAULT_WEIGHTS, load_network, weights_file
+from nmp.model.weights import DEFAULT_WEIGHTS, load_network, read_description, weights_file
 from nmp.prior import CityPrior, Window
 from nmp.prior.ledger import Ledger
 from nmp.prior.storage import Storage
@@ -256,6 +256,7 @@ def test_the_shipped_weights_are_the_default(frames: list[Frame], tmp_path: Path
 def test_weights_for_a_gpu_are_shipped_by_name(tmp_path: Path) -> None:
     network, fingerprint = load_network("gpu_default")
     assert (network.config.input_width, network.config.prior_channels) == (704, 64)
+    assert read_description("gpu_default")["network"]["prior_channels"] == 64
     assert weights_file("gpu_default").stat().st_size < 16 * 2**20
     assert fingerprint != load_network()[1]
     assert weights_file("mine/net.safetensors") == Path("mine/net.safetensors")

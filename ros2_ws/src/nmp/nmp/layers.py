@@ -20,11 +20,15 @@ from nmp.geometry import BevGrid
 
 def to_occupancy(local_map: LocalMap) -> NDArray[np.int8]:
     """Return int8 [3, rows, cols]: probability in percent (0..100), -1 where nothing was ever seen."""
-    probability = local_map.probabilities
+    return occupancy(local_map.probabilities, local_map.evidence > 0)
+
+
+def occupancy(probability: NDArray[np.float32], seen: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Return the same of probabilities [3, rows, cols] 0..1 and of where anything was seen [rows, cols]."""
     percent = np.rint(probability * 100.0).astype(np.int8)
     # Rounding must not carry a cell over the threshold: more than 50 says present, before and after.
     percent = np.where(probability > 0.5, np.maximum(percent, 51), np.minimum(percent, 50)).astype(np.int8)
-    return np.where(local_map.evidence[None] > 0, percent, np.int8(-1))
+    return np.where(seen[None], percent, np.int8(-1))
 
 
 class LayerWriter:

@@ -138,9 +138,9 @@ def _touched(drives: list[Survey], weights: Path | None) -> list[set[Place]]:
     """Return the tiles that each drive can read or write with these weights."""
     from nmp.model.config import NetworkConfig
     from nmp.model.runner import window_side
-    from nmp.model.weights import DEFAULT_WEIGHTS, read_description
+    from nmp.model.weights import read_description
 
-    config = NetworkConfig.from_dict(read_description(weights or DEFAULT_WEIGHTS)["network"])
+    config = NetworkConfig.from_dict(read_description(weights)["network"])
     side = window_side(config)
     return [{(drive.location, key) for key in drive.tiles(side, config.prior_cell)} for drive in drives]
 

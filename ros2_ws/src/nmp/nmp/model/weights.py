@@ -81,12 +81,13 @@ def _replace(path: Path, data: bytes) -> None:
         raise NmpError(f"cannot write {path} ({error.strerror}): free some space or choose another folder") from error
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """Return the JSON that belongs to a .safetensors file.
+def read_description(given: Path | str | None) -> dict[str, Any]:
+    """Return the JSON that belongs to weights, see :func:`weights_file`.
 
     Raises :class:`NmpError` when either file is missing, or when the JSON does not describe weights of this format
     and of this nmp's classes.
     """
+    path = weights_file(given)
     sidecar = path.with_suffix(".json")
     for needed in (path, sidecar):
         if not needed.is_file():

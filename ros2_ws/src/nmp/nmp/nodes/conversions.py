@@ -17,7 +17,7 @@ from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw, yaw_of
-from nmp.layers import to_occupancy
+from nmp.layers import occupancy, to_occupancy
 from nmp.vectorize import outline
 from nmp.vectors.elements import MapElement
 from nmp.vectors.raster import Overview
@@ -50,38 +50,31 @@ def to_occupancy_grids(local_map: LocalMap) -> dict[str, OccupancyGrid]:
     """
     grid = local_map.grid
     corner = flatten_to_plane(local_map.map_from_base) @ transform_from_xyyaw(-grid.length / 2, -grid.width / 2, 0.0)
+    return _grids(to_occupancy(local_map), local_map.stamp_ns, grid.resolution, corner)
+
+
+def to_city_grids(overview: Overview, stamp_ns: int) -> dict[str, OccupancyGrid]:
+    """Return one grid per class of a whole city, in the axes of ``map``: 0..100 %, -1 where nothing was ever seen."""
+    cells = occupancy(overview.probabilities, overview.seen > 0)
+    return _grids(cells, stamp_ns, overview.resolution, transform_from_xyyaw(*overview.corner, 0.0))
+
+
+def _grids(layers: NDArray[np.int8], stamp_ns: int, resolution: float, corner: Array) -> dict[str, OccupancyGrid]:
+    """Return layers [classes, rows, cols] as grids whose corner lies at a planar pose [4, 4] in ``map``."""
     x, y, z, w = quaternion_from_euler(0.0, 0.0, yaw_of(corner))
     out: dict[str, OccupancyGrid] = {}
-    for name, cells in zip(CLASSES, to_occupancy(local_map), strict=True):
+    for name, cells in zip(CLASSES, layers, strict=True):
         msg = OccupancyGrid()
-        msg.header.stamp = to_time(local_map.stamp_ns)
+        msg.header.stamp = to_time(stamp_ns)
         msg.header.frame_id = topics.MAP_FRAME
         msg.info.map_load_time = msg.header.stamp
-        msg.info.resolution = float(grid.resolution)
-        msg.info.width, msg.info.height = grid.cols, grid.rows
+        msg.info.resolution = float(resolution)
+        msg.info.height, msg.info.width = cells.shape
         origin = msg.info.origin
         origin.position.x, origin.position.y = float(corner[0, 3]), float(corner[1, 3])
         origin.orientation.x, origin.orientation.y = float(x), float(y)
         origin.orientation.z, origin.orientation.w = float(z), float(w)
         msg.data = array.array("b", cells.tobytes())
-        out[name] = msg
-    return out
-
-
-def to_city_grids(overview: Overview, stamp_ns: int) -> dict[str, OccupancyGrid]:
-    """Return one grid per class of a whole city, in the axes of ``map``: 0..100 %, -1 where nothing was ever seen."""
-    cells = np.where(overview.seen > 0, np.rint(100 * np.clip(overview.probabilities, 0, 1)), -1).astype(np.int8)
-    out: dict[str, OccupancyGrid] = {}
-    for name, layer in zip(CLASSES, cells, strict=True):
-        msg = OccupancyGrid()
-        msg.header.stamp = to_time(stamp_ns)
-        msg.header.frame_id = topics.MAP_FRAME
-        msg.info.map_load_time = msg.header.stamp
-        msg.info.resolution = float(overview.resolution)
-        msg.info.height, msg.info.width = layer.shape
-        msg.info.origin.position.x, msg.info.origin.position.y = (float(value) for value in overview.corner)
-        msg.info.origin.orientation.w = 1.0
-        msg.data = array.array("b", layer.tobytes())
         out[name] = msg
     return out
 
