@@ -158,7 +158,7 @@ def _sources(config: TrainConfig, device: torch.device, ranks: Ranks) -> tuple[S
     worlds = make_worlds(config.worlds, config.workers)
     if not ranks.first:
         return SimulatedSource(worlds, config, device), None
-    held_out = make_worlds(config.validation, config.workers, held_out=True)
+    held_out = make_worlds(config.validation, config.workers, held_out=True, trips=config.validation_trips)
     # One ground for both: a second one of another size would be compiled for anew.
     both = SimulatedSource(worlds + held_out, config, device)
     judged = both.part(len(worlds), augmented=False)

@@ -129,11 +129,12 @@ def _runs(drive: Trajectory, keep: NDArray[np.bool_]) -> list[Trajectory]:
     ]
 
 
-def make_real_world(maps: Path, site: Site, difficulty: float = 1.0, *, texel_m: float = 0.1) -> World:
+def make_real_world(maps: Path, site: Site, difficulty: float = 1.0, *, texel_m: float = 0.1, trips: int = 1) -> World:
     """Make the world of a site.
 
     :param maps: folder with ``maps/expansion/<location>.json`` (v1.3)
     :param difficulty: as in :func:`nmp_train.world.make_world`
+    :param trips: as in :func:`nmp_train.world.assemble`
     """
     city, tables = load_with_tables(maps, site.location, repair=True)
     tables = {**tables, "location": site.location}
@@ -142,4 +143,6 @@ def make_real_world(maps: Path, site: Site, difficulty: float = 1.0, *, texel_m:
     part = city.within((x0 - CUT_M, y0 - CUT_M, x1 + CUT_M, y1 + CUT_M))
     surface = paint_surface(part, site.bounds, seed, texel_m, difficulty=difficulty)
     scenery = make_scenery(tables, seed, box(*site.bounds))
-    return assemble(site.name, [State(part, surface)], [tables], scenery, site.drives, seed, difficulty=difficulty)
+    return assemble(
+        site.name, [State(part, surface)], [tables], scenery, site.drives, seed, difficulty=difficulty, trips=trips
+    )

@@ -1,7 +1,8 @@
 """Scores of held-out worlds while training, on drives rendered as they are needed.
 
-Each drive is made several times, in a weather of its own each time. The first time the map is empty; afterwards it
-holds what the earlier times left. That is what the mapper does online, with the map on the training device.
+Each drive is made several times, in a weather and among road users of its own each time. The first time the map is
+empty; afterwards it holds what the earlier times left. That is what the mapper does online, with the map on the
+training device.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class _Trips(Dataset[tuple[Group, Tensor | None]]):
         rows = np.flatnonzero(world.frames[:, 3] == drive)[:FRAMES]
         # A world that changes does so between the first trip and the second.
         state = min(trip, len(world.states) - 1)
-        group = self.groups.make(number, rows, np.random.default_rng((77, number, drive, trip)), state=state)
+        rng = np.random.default_rng((77, number, drive, trip))
+        group = self.groups.make(number, rows, rng, state=state, trip=trip)
         if len(world.states) == 1:
             return group, None
         return group, torch.from_numpy(np.stack([self._changed(world, *world.frames[row, :3]) for row in rows]))

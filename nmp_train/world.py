@@ -48,8 +48,8 @@ class World:
     """in the order of their start"""
     started_s: Array
     """[drives] time at which each of them begins, s since 1970"""
-    traffic: list[Traffic]
-    """one per drive"""
+    traffic: list[list[Traffic]]
+    """of each drive, and of each time that it is made again: what hides the road on one day does not on another"""
     frames: Array
     """[F, 5]: x, y (m), yaw (rad), drive, time since its start (s) of every frame of every drive"""
     changed_s: float = np.inf
@@ -82,12 +82,14 @@ def make_world(
     duration_s: float,
     rate_hz: float = 2.0,
     texel_m: float = 0.1,
+    trips: int = 1,
 ) -> World:
     """Generate a city and drives through it on days of four months, all from one seed.
 
     :param difficulty: how ambiguous the ground is, see :class:`nmp_train.sim.clutter.Clutter`
     :param changes: crossings, lane markings and kerbs that change, all on the day that parts the drives in halves.
         The ground then takes twice the memory. A city where every drive is on one day stays as it is
+    :param trips: as in :func:`assemble`
     """
     location = LOCATIONS[seed % len(LOCATIONS)]
     tables = generate_city(seed, location, size_m)
@@ -112,6 +114,7 @@ def make_world(
         seed,
         changed_on=day,
         difficulty=difficulty,
+        trips=trips,
     )
 
 
@@ -125,11 +128,14 @@ def assemble(
     *,
     changed_on: str = LAST_DAY,
     difficulty: float = 1.0,
+    trips: int = 1,
 ) -> World:
     """Put a world together: give its drives a time of the day and traffic, and list their frames.
 
     :param tables: map-expansion dictionary of each state
     :param changed_on: YYYY-MM-DD, the first day of the second state
+    :param trips: times that each drive can be made, among other road users each time. The first is as the drive finds
+        the city, the others come when all of it has changed
     """
     rng = np.random.default_rng((seed, 2))
     started = np.array([_midnight(d) + rng.uniform(0.3, 0.9) * DAY_S for d in drives])
@@ -149,8 +155,11 @@ def assemble(
         difficulty=difficulty,
     )
     for i, drive in enumerate(drives):
-        density = float(rng.uniform(0.4, 1.6))
-        world.traffic.append(make_traffic(tables[world.state_of(i)], drive, seed * 1009 + i, density))
+        users = [make_traffic(tables[world.state_of(i)], drive, seed * 1009 + i, float(rng.uniform(0.4, 1.6)))]
+        for trip in range(1, trips):
+            own = np.random.default_rng((seed, 3, i, trip))
+            users.append(make_traffic(tables[-1], drive, int(own.integers(2**31)), float(own.uniform(0.4, 1.6))))
+        world.traffic.append(users)
     return world
 
 

@@ -62,8 +62,8 @@ def test_a_motion_leads_from_one_pose_to_the_other() -> None:
 
 def test_held_out_drives_are_scored_with_every_prior() -> None:
     worlds = [
-        make_world(1001, size_m=250.0, drives=2, duration_s=3.0, texel_m=0.4),
-        make_world(1002, 1.0, 3, size_m=250.0, drives=4, duration_s=3.0, texel_m=0.4),
+        make_world(1001, size_m=250.0, drives=2, duration_s=3.0, texel_m=0.4, trips=2),
+        make_world(1002, 1.0, 3, size_m=250.0, drives=4, duration_s=3.0, texel_m=0.4, trips=2),
     ]
     config = TrainConfig(workers=0, network=SMALL, supersample=1)
     torch.manual_seed(0)

@@ -38,6 +38,7 @@ from nmp_train.data import (
 )
 from nmp_train.data import simulated as simulated_module
 from nmp_train.data.augment import coloured, mirrored, moved, without
+from nmp_train.data.simulated import nearby
 from nmp_train.geography import APART_M, find_sites, make_real_world
 from nmp_train.recordings import read_samples, weather_of
 from nmp_train.sim.dataset import Drive, write_dataset
@@ -215,6 +216,20 @@ def test_frames_of_one_drive_share_their_weather_and_batches_come_again(world: W
     whole = next(iter(source.loader(stage, seed=1, length=4, start=2)))
     assert [h.names for h in halves] == [whole.names[:3], whole.names[3:]]
     assert torch.equal(torch.cat([h.seed for h in halves]), whole.seed)
+
+
+def test_a_drive_that_is_made_again_meets_others_on_the_same_streets(world: World) -> None:
+    again = make_world(1001, changes=2, size_m=220.0, drives=4, duration_s=5.0, texel_m=1.0, trips=2)
+    np.testing.assert_array_equal(again.frames, world.frames)
+    x, y, _, drive, time = world.frames[3]
+    first, same, other = (
+        nearby(w, int(drive), float(time), np.array([x, y]), trip).centre
+        for w, trip in ((world, 0), (again, 0), (again, 1))
+    )
+    np.testing.assert_array_equal(first, same)
+    places = [{tuple(p) for p in found.round(3).tolist()} for found in (first, other)]
+    assert places[0] & places[1], "buildings and trees stay"
+    assert len(places[0] - places[1]) > 5 and len(places[1] - places[0]) > 5, "those on the road do not"
 
 
 def test_vector_truth_comes_with_vector_heads(world: World) -> None:

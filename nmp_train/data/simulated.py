@@ -50,23 +50,26 @@ CHANGES = 6
 """of a world that changes"""
 
 
-def make_worlds(config: WorldsConfig, workers: int, *, held_out: bool = False) -> list[World]:
+def make_worlds(config: WorldsConfig, workers: int, *, held_out: bool = False, trips: int = 1) -> list[World]:
     """Make the worlds of a configuration, in parallel: generated cities, and parts of real ones.
 
     The share ``config.changed_share`` of the generated ones changes on one day between its drives.
 
     :param held_out: for validation: each world at each of ``config.difficulties``, instead of one of them in turn, and
         of the real cities the parts that training leaves out
+    :param trips: times that each drive can be made (see :func:`nmp_train.world.assemble`)
     """
     count, levels, share = config.seeds, config.difficulties, config.changed_share
     # As evenly among the cities as whole cities allow.
     changes = [CHANGES * (int((i + 1) * share + 1e-9) - int(i * share + 1e-9)) for i in range(count)]
-    make = functools.partial(make_world, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s)
+    make = functools.partial(
+        make_world, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s, trips=trips
+    )
     makers: list[_Maker] = [functools.partial(make, config.first_seed + i, changes=changes[i]) for i in range(count)]
     if config.real is not None:
         training, left_out = find_sites(load_trajectories(config.real.trajectories))
         sites = (left_out if held_out else training)[: config.real.count]
-        makers += [functools.partial(make_real_world, Path(config.real.maps), site) for site in sites]
+        makers += [functools.partial(make_real_world, Path(config.real.maps), site, trips=trips) for site in sites]
     if held_out:
         jobs = [(maker, level) for level in levels for maker in makers]
     else:
@@ -191,11 +194,13 @@ class SimulatedGroups(Dataset[Group]):
         *,
         state: int | None = None,
         weather: str | None = None,
+        trip: int = 0,
     ) -> Group:
         """Make a group of frames of world ``number``: ``rows`` [T] of its ``frames``, in the order of time.
 
         :param state: of the city; None: the one that each drive finds
         :param weather: day, rain or night; None: drawn for each drive. All else stays the same
+        :param trip: how often the drives were made before
         """
         world = self.worlds[number]
         frames = world.frames[rows]
@@ -209,7 +214,7 @@ class SimulatedGroups(Dataset[Group]):
         each = Weather.sample(len(drives), torch.Generator().manual_seed(seed), words)
         turn = rng.uniform(-1, 1, len(frames)) * self.turn_rad
         parts = [
-            self._frame(world, world.states[s].city, rigs[d], frame, float(a), rng)
+            self._frame(world, world.states[s].city, rigs[d], frame, float(a), rng, trip)
             for s, frame, d, a in zip(states, frames, drive, turn, strict=True)
         ]
         intrinsics, map_from_camera, pixel_from_base, truth, solids = zip(*parts, strict=True)
@@ -246,10 +251,11 @@ class SimulatedGroups(Dataset[Group]):
         frame: NDArray[np.float64],
         turn: float,
         rng: np.random.Generator,
+        trip: int,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]:
         """Make a frame whose ego frame is turned by ``turn`` (rad): the car is where it was, its axes are not."""
         x, y, yaw, drive, time = frame
-        boxes = nearby(world, int(drive), float(time), np.array([x, y]))
+        boxes = nearby(world, int(drive), float(time), np.array([x, y]), trip)
         solids = solids_from_boxes(
             boxes.centre, boxes.size, boxes.yaw, boxes.rgb, boxes.kind, np.array([x, y]), MAX_SOLIDS
         )
@@ -275,9 +281,9 @@ class SimulatedGroups(Dataset[Group]):
         )
 
 
-def nearby(world: World, drive: int, time_s: float, about: NDArray[np.float64]) -> Boxes:
-    """Return scenery and traffic around a place (m) at a time (s) of a drive."""
-    parts = [world.scenery, world.traffic[drive].at(time_s)]
+def nearby(world: World, drive: int, time_s: float, about: NDArray[np.float64], trip: int = 0) -> Boxes:
+    """Return scenery and traffic around a place (m) at a time (s) of a drive that was made ``trip`` times before."""
+    parts = [world.scenery, world.traffic[drive][trip].at(time_s)]
     return Boxes.joined([nearest(part, about, SOLIDS_RADIUS_M, MAX_SOLIDS) for part in parts])
 
 
