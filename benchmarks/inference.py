@@ -151,7 +151,9 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
             alignment = fused.locate(bev, memory, pose, origin)
             if alignment is not None:
                 pose = fusion.moved(pose, alignment.offset)
-            features = fused.fuse(bev, *fused.read(memory, pose, origin), alignment)
+            latent, evidence = fused.read(memory, pose, origin)
+            bev, _ = fused.level(bev, latent, evidence)
+            features = fused.fuse(bev, latent, evidence, alignment)
             memory = fused.write(memory, bev, features, pose, origin, alignment)
         return features, *quantize(memory)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nmp.model.fusion import Alignment
+from nmp.model.fusion import Alignment, Slope
 from nmp.model.fusion.align import TURN_RAD, Aligner
+from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 from nmp_train.distributed import sum_over_ranks
 
 BLUR = 0.7
@@ -23,18 +24,43 @@ def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: T
     forward = (c * target[:, 0] + s * target[:, 1]) / aligner.step_m  # shifts are counted in the turned frame
     left = (c * target[:, 1] - s * target[:, 0]) / aligner.step_m
     turn = target[:, 2] / TURN_RAD
-
-    def near(value: Tensor, steps: int) -> Tensor:
-        """Return [B, steps] shares around ``value``, which is moved into the range of the search."""
-        half = steps // 2
-        place = torch.arange(-half, half + 1, device=value.device)
-        far = (place - value.clamp(-half, half)[:, None]) / BLUR
-        return torch.softmax(-(far**2) / 2, dim=1)
-
     turns, shifts = found.log_probability.shape[1:3]
-    expected = torch.einsum("bt,by,bx->btyx", near(turn, turns), near(left, shifts), near(forward, shifts))
-    entropy = torch.special.entr(expected).sum(dim=(1, 2, 3))
-    loss = -(expected * found.log_probability).sum(dim=(1, 2, 3)) - entropy
+    expected = torch.einsum("bt,by,bx->btyx", _near(turn, turns), _near(left, shifts), _near(forward, shifts))
+    return _divergence(expected, found.log_probability, weight)
+
+
+def slope_loss(found: Slope, leveller: Leveller, slope: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """Cross entropy between the probabilities of all slopes and the true one, 0 where they agree.
+
+    :param slope: [B, 2] forward and left, as :attr:`nmp.model.fusion.Slope.slope`; frames where it is NaN do not count
+    :param shift: [B, 2] forward, left (m) that the pose is off
+    :param weight: [B] as in :func:`alignment_loss`
+    """
+    known = slope.isfinite().all(dim=1)
+    slope, shift = slope.nan_to_num() / SLOPE_STEP, shift / leveller.step_m
+    slopes, shifts = found.log_probability.shape[1], found.log_probability.shape[3]
+    expected = torch.einsum(
+        "bl,bf,by,bx->blfyx",
+        _near(slope[:, 1], slopes),
+        _near(slope[:, 0], slopes),
+        _near(shift[:, 1], shifts),
+        _near(shift[:, 0], shifts),
+    )
+    return _divergence(expected, found.log_probability, weight * known)
+
+
+def _near(value: Tensor, steps: int) -> Tensor:
+    """Return [B, steps] shares around ``value`` (in steps), which is moved into the range of the search."""
+    half = steps // 2
+    place = torch.arange(-half, half + 1, device=value.device)
+    far = (place - value.clamp(-half, half)[:, None]) / BLUR
+    return torch.softmax(-(far**2) / 2, dim=1)
+
+
+def _divergence(expected: Tensor, log_probability: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over frames, by ``weight`` [B] and over all ranks, of how far probabilities are from others."""
+    entropy = torch.special.entr(expected).flatten(1).sum(dim=1)
+    loss = -(expected * log_probability).flatten(1).sum(dim=1) - entropy
     sums = sum_over_ranks(torch.stack([(loss * weight).sum(), weight.sum()]))
     return sums[0] / sums[1].clamp(min=1e-6)
 

@@ -107,7 +107,7 @@ def _checkpoint(out: Path, resume: bool, stages: int) -> Checkpoint | None:
     return None
 
 
-_PRIOR = ("fusion", "align", "evidence_cap")
+_PRIOR = ("fusion", "align", "slopes", "evidence_cap")
 """keys of the network that only the fusion depends on, beside those that begin with prior"""
 
 

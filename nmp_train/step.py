@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nmp.errors import NmpError
-from nmp.model.fusion import Alignment, Memory, moved
+from nmp.model.fusion import Alignment, Memory, Slope, moved
 from nmp.model.network import BEVNetwork, Output
-from nmp_train.alignment import alignment_loss, motion_between
+from nmp_train.alignment import alignment_loss, motion_between, slope_loss
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch
 from nmp_train.losses import direction_loss, embedding_loss, layer_loss, published_loss
@@ -117,7 +118,7 @@ class TrainingStep(nn.Module):
         b, t = batch.pose.shape[:2]
         frames = bev.unflatten(0, (b, t))
         alone = self._alone(_chosen(frames, draws.alone))
-        outputs, aligned = self._drive(frames, batch, draws)
+        outputs, searched = self._drive(frames, batch, draws)
         truths = (batch.truth, batch.instance, batch.direction)
         logits = _joined([o.logits for o in outputs], alone.logits)
         assert logits is not None
@@ -130,9 +131,9 @@ class TrainingStep(nn.Module):
             joined,
             *(None if v is None else torch.cat([v, _chosen(v.unflatten(0, (b, t)), draws.alone)]) for v in truths),
         )
-        if aligned is not None:
-            losses["alignment"] = ALIGNMENT_WEIGHT * aligned
-            losses["loss"] = losses["loss"] + losses["alignment"]
+        for name, value in searched.items():
+            losses[name] = ALIGNMENT_WEIGHT * value
+            losses["loss"] = losses["loss"] + losses[name]
         return losses
 
     def _search(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -159,6 +160,7 @@ class TrainingStep(nn.Module):
                 errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
             with torch.no_grad():
                 used.append(moved(pose[:, now], found.offset))
+                frame, _ = fusion.level(frame, *fusion.read(memory, used[-1], origin))
                 memory = fusion.write(memory, frame, frame, used[-1], origin, found, draws.repeat[:, now])
         loss = torch.stack(errors).mean()
         return {"loss": loss, "alignment": loss}
@@ -172,22 +174,29 @@ class TrainingStep(nn.Module):
             out["with prior"] = torch.stack([o.logits for o in outputs], dim=1).flatten(0, 1)
         return out
 
-    def _drive(self, frames: Tensor, batch: Batch, draws: Draws) -> tuple[list[Output], Tensor | None]:
-        """Go through the frames [B, T, C, rows, cols] in the order of time; also return the loss of the alignment."""
+    def _drive(self, frames: Tensor, batch: Batch, draws: Draws) -> tuple[list[Output], dict[str, Tensor]]:
+        """Go through the frames [B, T, C, rows, cols] in the order of time; also return the losses of the searches."""
         t = frames.shape[1]
         pose, origin, memory = self._begin(frames, batch.pose, batch.drive, draws)
         outputs: list[Output] = []
         used: list[Tensor] = []
-        errors: list[Tensor] = []
+        errors: dict[str, list[Tensor]] = {}
         for now in range(t):
             output, memory = self._step(frames[:, now], memory, pose[:, now], origin, draws.repeat[:, now])
             outputs.append(output)
-            if output.alignment is None:
-                continue
-            if now:
-                errors.append(self._alignment(output.alignment, batch.pose, pose[:, now], used, draws.repeat, now))
-            used.append(moved(pose[:, now], output.alignment.offset.detach()))
-        return outputs, torch.stack(errors).mean() if errors else None
+            at = pose[:, now]
+            if output.alignment is not None:
+                if now:
+                    loss = self._alignment(output.alignment, batch.pose, at, used, draws.repeat, now)
+                    errors.setdefault("alignment", []).append(loss)
+                at = moved(at, output.alignment.offset.detach())
+            if output.slope is not None:
+                if now:
+                    loss = self._slope(output.slope, batch, at, used, draws.repeat, now)
+                    errors.setdefault("slope", []).append(loss)
+                at = moved(at, functional.pad(output.slope.shift.detach(), (0, 1)))
+            used.append(at)
+        return outputs, {name: torch.stack(values).mean() for name, values in errors.items()}
 
     def _begin(self, frames: Tensor, true: Tensor, drive: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Memory]:
         """Return poses with their errors [B, T, 3], and the origin and the cells of windows that are empty."""
@@ -200,7 +209,23 @@ class TrainingStep(nn.Module):
     def _alignment(
         self, found: Alignment, true: Tensor, given: Tensor, used: list[Tensor], repeat: Tensor, now: int
     ) -> Tensor:
-        """Compare what the search found with where the map really is.
+        """Compare what the search found with where the map really is."""
+        aligner = self.network.fusion.aligner
+        assert aligner is not None
+        motion, weight = self._correction(true, given, used, repeat, now)
+        return alignment_loss(found, aligner, motion, weight)
+
+    def _slope(self, found: Slope, batch: Batch, given: Tensor, used: list[Tensor], repeat: Tensor, now: int) -> Tensor:
+        """Compare the slope and the shift that were found with those that really are."""
+        leveller = self.network.fusion.leveller
+        assert leveller is not None
+        motion, weight = self._correction(batch.pose, given, used, repeat, now)
+        return slope_loss(found, leveller, batch.slope[:, now], motion[:, :2], weight)
+
+    def _correction(
+        self, true: Tensor, given: Tensor, used: list[Tensor], repeat: Tensor, now: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the motion [B, 3] that leads a pose to where the map is, and how much of it is there to see [B].
 
         What earlier frames stored is displaced by the errors of the poses that they were stored at. At the place of
         this frame the map is displaced by the mean of these, weighted by how much of the place they saw.
@@ -220,9 +245,7 @@ class TrainingStep(nn.Module):
         total = share.sum(dim=1)
         share = share / total.clamp(min=1e-6)[:, None]
         mean = torch.einsum("bt,btc->bc", share, torch.cat([shift, turn[..., None]], dim=-1))
-        aligner = self.network.fusion.aligner
-        assert aligner is not None
-        return alignment_loss(found, aligner, motion_between(given, true[:, now] + mean), total.clamp(max=1))
+        return motion_between(given, true[:, now] + mean), total.clamp(max=1)
 
     def _judge(
         self, output: Output, truth: Tensor | None, instance: Tensor | None, direction: Tensor | None

@@ -60,8 +60,8 @@ class _Drive:
 class _Trips(Dataset[tuple[Group, Tensor | None]]):
     """The first drives of every world, each ``trips`` times."""
 
-    def __init__(self, groups: SimulatedGroups, drives: int, trips: int) -> None:
-        self.groups = groups
+    def __init__(self, groups: SimulatedGroups, drives: int, trips: int, weather: str | None) -> None:
+        self.groups, self.weather = groups, weather
         self.jobs = [
             (world, drive, trip)
             for world, made in enumerate(groups.worlds)
@@ -79,7 +79,7 @@ class _Trips(Dataset[tuple[Group, Tensor | None]]):
         # A world that changes does so between the first trip and the second.
         state = min(trip, len(world.states) - 1)
         rng = np.random.default_rng((77, number, drive, trip))
-        group = self.groups.make(number, rows, rng, state=state, trip=trip)
+        group = self.groups.make(number, rows, rng, state=state, trip=trip, weather=self.weather)
         if len(world.states) == 1:
             return group, None
         return group, torch.from_numpy(np.stack([self._changed(world, *world.frames[row, :3]) for row in rows]))
@@ -105,12 +105,14 @@ def validate(
     drives: int,
     trips: int,
     with_prior: bool = True,
+    weather: str | None = None,
 ) -> Scores:
     """Score the worlds of a source without prior, with a map that starts empty, and with the map of earlier trips.
 
     :param drives: drives of each world
     :param trips: times that each is driven, 1 to 4; a world that changes does so after the first
     :param with_prior: False scores single frames only
+    :param weather: day, rain or night, of all trips; None: drawn for each
     :return: IoU in percent by system (``no prior``, ``empty``, ... also with errors of the pose, and again for the
         cities that change), by part of the set
         (``all``, weather, difficulty, rings of distance; with a prior also rings of the nearest view so far,
@@ -119,7 +121,7 @@ def validate(
     network.eval()
     stage = dataclasses.replace(config.stages[-1], group=1, batch=1)
     groups = SimulatedGroups(source.worlds, config, stage, seed=77, length=1, first=source.first)
-    todo = _Trips(groups, drives, trips)
+    todo = _Trips(groups, drives, trips, weather)
     loader = DataLoader(
         todo,
         batch_size=1,

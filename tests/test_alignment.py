@@ -10,7 +10,8 @@ from nmp.geometry import BevGrid
 from nmp.model import BEVNetwork, NetworkConfig
 from nmp.model.fusion import Alignment, moved
 from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner
-from nmp_train.alignment import alignment_loss, motion_between
+from nmp.model.fusion.slope import Leveller, Slope
+from nmp_train.alignment import alignment_loss, motion_between, slope_loss
 from nmp_train.config import TrainConfig
 from nmp_train.data import SimulatedSource
 from nmp_train.validate import validate
@@ -58,6 +59,23 @@ def test_a_motion_leads_from_one_pose_to_the_other() -> None:
     torch.manual_seed(0)
     start, end = torch.randn(5, 3), torch.randn(5, 3)
     torch.testing.assert_close(moved(start, motion_between(start, end)), end)
+
+
+def test_the_loss_of_the_slope_is_least_where_it_really_is() -> None:
+    leveller = Leveller(BevGrid(resolution=0.3), 4, 4)
+    forward, left, shift = 0.005, -0.0025, leveller.step_m
+    score = torch.full((1, 7, 7, 5, 5), -30.0)
+    score[0, 3 - 1, 3 + 2, 2, 2 + 1] = 0.0  # left by one step down, forward by two up, ahead by one
+    found = Slope(torch.zeros(1, 2), torch.zeros(1, 2), score.flatten(1).log_softmax(1).view_as(score))
+    weight = torch.ones(1)
+
+    def loss(slope: tuple[float, float], ahead: float) -> float:
+        return float(slope_loss(found, leveller, torch.tensor([slope]), torch.tensor([[ahead, 0.0]]), weight))
+
+    best = loss((forward, left), shift)
+    for slope, ahead in (((forward, -left), shift), ((left, forward), shift), ((forward, left), -shift)):
+        assert loss(slope, ahead) > best + 1
+    assert loss((math.nan, math.nan), shift) == 0  # nobody knows
 
 
 def test_held_out_drives_are_scored_with_every_prior() -> None:

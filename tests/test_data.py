@@ -264,6 +264,39 @@ def test_a_turned_ego_frame_agrees_with_its_images(world: World) -> None:
         np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
+def test_the_slope_of_a_frame_moves_what_is_seen(world: World) -> None:
+    """A place on the ground is seen where the network is told that another place is: that of the sloping road."""
+    config = replace(CONFIG, augment=AugmentConfig(turn_rad=0.5))
+    compared = 0
+    for group in SimulatedSource([world], config, CPU).loader(StageConfig(group=4, batch=1), seed=6, length=3):
+        assert group.drawn is not None
+        for t in range(4):
+            slope = group.slope[0, t].double()
+            x, y, yaw = frame_of(world, group.names[t])[:3]
+            turned = float(group.pose[0, t, 2]) - yaw
+            for n in range(6):
+                camera = group.drawn.map_from_camera[0, t, n].double()
+                for place in ((14.0, 3.0), (-15.0, -4.0), (3.0, 12.0), (-2.0, -13.0), (9.0, 10.0)):
+                    q = torch.tensor(place, dtype=torch.float64)
+                    angle = yaw + turned  # from the turned ego frame to the map's axes
+                    c, s = np.cos(angle), np.sin(angle)
+                    ground = torch.tensor([c * q[0] - s * q[1], s * q[0] + c * q[1], 0.0, 1.0], dtype=torch.float64)
+                    ray = torch.linalg.inv(camera) @ ground
+                    pixel = group.drawn.intrinsics[0, t, n].double() @ ray[:3]
+                    u, v = (pixel[0] / pixel[2] + 0.5) / NET.input_width, (pixel[1] / pixel[2] + 0.5) / NET.input_height
+                    if pixel[2] < 1 or not (0 < u < 1):
+                        continue
+                    a = group.pixel_from_base[0, t, n].double()
+                    # the place at z = 0 that the told projection has at this pixel
+                    rows = torch.stack([a[0] - u * a[2], a[1] - v * a[2]])
+                    p = torch.linalg.solve(rows[:, :2], -rows[:, 3])
+                    expected = q * (q @ slope)
+                    assert float((p - q - expected).norm()) < 0.25 * float(expected.norm()) + 0.06
+                    compared += 1
+    assert compared > 30
+    assert float(group.slope.abs().max()) > 0.001
+
+
 def test_worlds_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, float, int]] = []
 
@@ -500,6 +533,7 @@ def camera_batch() -> tuple[Batch, Tensor, Tensor]:
         pixel_from_base=projection,
         present=torch.ones(4, 6),
         pose=torch.randn(2, 2, 3, generator=rng),
+        slope=torch.randn(2, 2, 2, generator=rng),
         drive=torch.zeros(2, 2, dtype=torch.int64),
         seeds=torch.tensor([5, 6]),
         truth=truth,
@@ -603,7 +637,7 @@ def test_colours_and_lost_cameras() -> None:
 def test_collating_keeps_what_is_absent_absent() -> None:
     def group(name: str) -> Group:
         one = torch.zeros(2, 3)
-        return Group(one, one[:, 0].long(), torch.tensor(1), one, one, one, [name, name], ["day"] * 2, [""] * 2)
+        return Group(one, one[:, 0].long(), torch.tensor(1), one, one, one, one, [name, name], ["day"] * 2, [""] * 2)
 
     batch = collate([group("a"), group("b")])
     assert batch.names == ["a", "a", "b", "b"] and batch.pose.shape == (2, 2, 3) and batch.seed.shape == (2,)

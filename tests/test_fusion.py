@@ -10,6 +10,7 @@ from torch.nn import functional
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
 from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner, _correlate
+from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
 SMALL = NetworkConfig(
     backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4
@@ -23,9 +24,11 @@ def _network(config: NetworkConfig = SMALL) -> BEVNetwork:
     return network
 
 
-@pytest.mark.parametrize("align", [False, True])
-def test_an_empty_prior_changes_nothing(align: bool) -> None:
-    network = _network(NetworkConfig(**{**SMALL.to_dict(), "align": align}))
+@pytest.mark.parametrize("search", [False, True])
+def test_an_empty_prior_changes_nothing(search: bool) -> None:
+    network = _network(NetworkConfig(**{**SMALL.to_dict(), "align": search, "slopes": search}))
+    if network.fusion.leveller is not None:
+        torch.nn.init.normal_(network.fusion.leveller.bias)  # whatever it believes
     bev = torch.randn(1, 16, *SMALL.feature_grid.shape)
     pose, origin = torch.tensor([[35.0, 36.0, 0.4]]), torch.zeros(1, 2)
     empty = fusion.Memory.empty(1, 4, 236, 236)
@@ -94,15 +97,10 @@ def test_agreement_is_summed_for_every_shift() -> None:
         torch.testing.assert_close(found[..., SHIFTS + dy, SHIFTS + dx], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_pose_is_corrected_towards_what_is_stored() -> None:
-    """The stored cells are the seen ones from another pose: the search finds the motion between them."""
-    torch.manual_seed(3)
-    grid = BevGrid(resolution=0.3)
-    rough = torch.randn(1, 8, 60, 60)
-    window = functional.interpolate(rough, (300, 300), mode="bicubic")
-    aligner = Aligner(grid, 8, 8)
-    with torch.no_grad():  # features that are compared as they are
-        for part in (aligner.seen, aligner.stored):
+def _compare_as_it_is(search: Aligner | Leveller) -> None:
+    """Set the weights of a search so that its features are the 8 channels given."""
+    with torch.no_grad():
+        for part in (search.seen, search.stored):
             for layer in (part[0], part[2]):
                 layer.weight.zero_()
                 layer.bias.zero_()
@@ -110,7 +108,17 @@ def test_the_pose_is_corrected_towards_what_is_stored() -> None:
             part[0].bias[:8] = 5.0  # above zero, where a ReLU changes nothing
             part[2].weight[:, :8, 1, 1] = torch.eye(8)
             part[2].bias[:] = -5.0
-        aligner.scale.fill_(1.0)
+        search.scale.fill_(1.0)
+
+
+def test_the_pose_is_corrected_towards_what_is_stored() -> None:
+    """The stored cells are the seen ones from another pose: the search finds the motion between them."""
+    torch.manual_seed(3)
+    grid = BevGrid(resolution=0.3)
+    rough = torch.randn(1, 8, 60, 60)
+    window = functional.interpolate(rough, (300, 300), mode="bicubic")
+    aligner = Aligner(grid, 8, 8)
+    _compare_as_it_is(aligner)
     origin = torch.zeros(1, 2)
     true = torch.tensor([[45.0, 44.0, 0.6]])
     bev = fusion.map_to_ego(window, true, grid, origin, 0.3)
@@ -141,3 +149,38 @@ def test_without_anything_stored_the_pose_stays() -> None:
         found = aligner(torch.randn(1, 8, 100, 200), torch.zeros(1, 4, 100, 200), torch.zeros(1, 1, 100, 200))
     assert found.offset.abs().max() < 1e-4
     assert found.spread[0, 0] > 0.8  # and nobody claims to know it
+
+
+def test_what_is_seen_on_a_slope_is_levelled() -> None:
+    """What is stored lies on level ground, what is seen seems to rise: the search finds how much."""
+    torch.manual_seed(5)
+    grid = BevGrid(resolution=0.3)
+    stored = functional.interpolate(torch.randn(1, 8, 25, 50), (100, 200), mode="bicubic")
+    leveller = Leveller(grid, 8, 8)
+    _compare_as_it_is(leveller)
+    ones = torch.full((1, 1, *grid.shape), 8.0)
+    seen_at = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(*grid.shape, 2)
+    half = torch.tensor([grid.length / 2, grid.width / 2])
+    for forward, left, ahead in ((0.0, 0.0, 0.0), (0.004, 0.0, 0.0), (-0.003, 0.005, 0.0), (0.002, -0.004, 0.6)):
+        slope, shift = torch.tensor([forward, left]), torch.tensor([ahead, 0.0])
+        place = seen_at
+        for _ in range(50):  # of what is seen there: place + place (place . slope) = seen_at
+            place = seen_at / (1 + (place @ slope)[..., None])
+        bev = functional.grid_sample(stored, ((place + shift) / half)[None], align_corners=False)
+        with torch.inference_mode():
+            found = leveller(bev, stored, ones)
+            levelled = leveller.level(bev, found)
+        assert (found.slope[0] - slope).abs().max() < 0.51 * SLOPE_STEP, (forward, left)
+        assert (found.shift[0] - shift).abs().max() < 0.2, (forward, left)
+        inner = (slice(None), slice(None), slice(10, -10), slice(20, -20))
+        before, after = ((x - stored)[inner].square().mean() for x in (bev, levelled))
+        assert after < 0.02 + 0.3 * before, (forward, left, before, after)
+    assert math.isclose(float(found.log_probability.exp().sum()), 1.0, rel_tol=1e-4)
+
+
+def test_before_it_is_trained_the_ground_is_level() -> None:
+    torch.manual_seed(6)
+    leveller = Leveller(BevGrid(resolution=0.3), 8, 4)
+    with torch.inference_mode():
+        found = leveller(torch.randn(1, 8, 100, 200), torch.randn(1, 4, 100, 200), torch.ones(1, 1, 100, 200))
+    assert found.slope.abs().max() < 1e-6 and found.shift.abs().max() < 1e-5

@@ -248,6 +248,7 @@ def test_bfloat16(row: str) -> None:
     [
         ({"bev_channels": 20}, "bev_channels must be a multiple of 8"),
         ({"align": True}, "align works with fusion evidence only"),
+        ({"slopes": True}, "slopes works with fusion evidence only"),
         ({"prior_attention": False, "prior_gru": False}, "prior_position needs"),
     ],
 )

@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ground": {},
     "bottleneck": {"backbone": "resnet50"},
     "align": {"align": True},
+    "slopes": {"align": True, "slopes": True},
     "bevformer": {"view": "bevformer", "view_layers": 1, "view_heads": 2, "view_points": 2},
     "lift_splat": {"view": "lift_splat", "depth_bins": 8},
     "hdmapnet": {"view": "hdmapnet"},

@@ -78,6 +78,7 @@ class ColouredGroups(Dataset[Group]):
         return Group(
             pose=torch.from_numpy(pose).float(),
             drive=torch.from_numpy(np.sort(rng.integers(0, t, t))),
+            slope=torch.full((t, 2), torch.nan),
             seed=torch.tensor(int(rng.integers(2**62))),
             pixel_from_base=_projection(net).expand(t, -1, -1, -1).clone(),
             present=torch.ones(t, len(CAMERAS)),

@@ -80,6 +80,7 @@ def mirrored(batch: Batch, which: Tensor) -> Batch:
         pixel_from_base=chosen(projection, batch.pixel_from_base),
         present=chosen(batch.present[:, _OTHER_SIDE], batch.present),
         pose=torch.where(which[:, None, None], batch.pose * sign, batch.pose),
+        slope=torch.where(which[:, None, None], batch.slope * sign[:2], batch.slope),
         truth=chosen(batch.truth.flip(-2), batch.truth),
         instance=None if batch.instance is None else chosen(batch.instance.flip(-2), batch.instance),
         direction=direction,

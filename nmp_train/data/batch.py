@@ -31,6 +31,8 @@ class Batch:
     """[F, 6] float, 1 where there is an image"""
     pose: Tensor
     """[B, T, 3] x, y (m) relative to the last frame of the group, yaw (rad): the true pose"""
+    slope: Tensor
+    """[B, T, 2] of the ground, see :class:`~nmp_train.data.group.Group`"""
     drive: Tensor
     """[B, T] int64 number of the drive that each frame is from, counted within the group: frames of one drive share
     the errors of its localisation"""
@@ -64,6 +66,7 @@ class Batch:
             pixel_from_base=flat(group.pixel_from_base),
             present=flat(group.present),
             pose=moved(group.pose),
+            slope=moved(group.slope),
             drive=moved(group.drive),
             seeds=group.seed,
             truth=flat(group.truth),

@@ -39,6 +39,9 @@ class Group:
     """[T] int64 number of the drive that each frame is from, counted within the group from 0 on"""
     seed: Tensor
     """[] int64, of everything that is drawn at random for this group later on"""
+    slope: Tensor
+    """[T, 2] rise of the ground forward and to the left per metre over the height of the cameras (1/m), against the
+    plane that the pose tells of; NaN where nobody knows"""
     pixel_from_base: Tensor
     """[T, 6, 3, 4] what the network is told"""
     present: Tensor

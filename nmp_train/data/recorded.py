@@ -113,6 +113,7 @@ class RecordedGroups(Dataset[Group]):
         return Group(
             pose=torch.from_numpy(pose).float(),
             drive=torch.from_numpy(np.unique([s.scene for s in samples], return_inverse=True)[1]),
+            slope=torch.full((len(samples), 2), torch.nan),
             seed=torch.tensor(int(rng.integers(2**62))),
             pixel_from_base=torch.stack(pixel_from_base),
             present=torch.ones(len(samples), len(CAMERAS)),

@@ -217,12 +217,13 @@ class SimulatedGroups(Dataset[Group]):
             self._frame(world, world.states[s].city, rigs[d], frame, float(a), rng, trip)
             for s, frame, d, a in zip(states, frames, drive, turn, strict=True)
         ]
-        intrinsics, map_from_camera, pixel_from_base, truth, solids = zip(*parts, strict=True)
+        slope, intrinsics, map_from_camera, pixel_from_base, truth, solids = zip(*parts, strict=True)
         layers, instance, direction = (None if t[0] is None else torch.stack(t) for t in zip(*truth, strict=True))
         assert layers is not None
         pose = np.column_stack([frames[:, :2] - frames[-1, :2], frames[:, 2] + turn])
         return Group(
             pose=torch.from_numpy(pose).float(),
+            slope=torch.stack(slope),
             drive=torch.from_numpy(drive),
             seed=torch.tensor(seed),
             pixel_from_base=torch.stack(pixel_from_base),
@@ -252,7 +253,7 @@ class SimulatedGroups(Dataset[Group]):
         turn: float,
         rng: np.random.Generator,
         trip: int,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]:
         """Make a frame whose ego frame is turned by ``turn`` (rad): the car is where it was, its axes are not."""
         x, y, yaw, drive, time = frame
         boxes = nearby(world, int(drive), float(time), np.array([x, y]), trip)
@@ -273,12 +274,26 @@ class SimulatedGroups(Dataset[Group]):
             base_from_camera = turned @ car @ camera.base_from_camera
             projections.append(unit_projection(k, base_from_camera, network.input_width, network.input_height))
         return (
+            torch.from_numpy(slope_of(road, np.mean([c.base_from_camera[2, 3] for c in rig]), turn)).float(),
             _tensor(matrices),
             _tensor(cameras),
             _tensor(projections),
             draw_truth(city, x, y, yaw + turn, network),
             (solids.centre, solids.size, solids.yaw, solids.rgb, solids.kind),
         )
+
+
+def slope_of(tilt: NDArray[np.float64], height_m: float, turn: float) -> NDArray[np.float64]:
+    """Return the slope [2] of level ground (:attr:`Group.slope`) in the frame of a car that leans.
+
+    :param tilt: [4, 4] level frame from the car's, which its pose takes for level
+    :param height_m: of the cameras above the ground
+    :param turn: the ego frame is turned by this angle (rad) against the car
+    """
+    # On the ground the third coordinate in the level frame is zero.
+    rise = -tilt[2, :2] / tilt[2, 2] / height_m
+    c, s = np.cos(turn), np.sin(turn)
+    return np.array([c * rise[0] + s * rise[1], c * rise[1] - s * rise[0]])
 
 
 def nearby(world: World, drive: int, time_s: float, about: NDArray[np.float64], trip: int = 0) -> Boxes:

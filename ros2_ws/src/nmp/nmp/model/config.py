@@ -51,6 +51,8 @@ class NetworkConfig:
     """how the prior is used and updated: evidence (map-aligned weighted mean) or paper (Xiong et al., CVPR 2023)"""
     align: bool = False
     """evidence: find the small shift and turn between what is seen and what is stored, and correct the pose by it"""
+    slopes: bool = False
+    """evidence: find how the road slopes under the car, by what is stored, and level what is seen"""
     prior_attention: bool = True
     """paper: current-to-prior cross-attention"""
     prior_gru: bool = True

@@ -70,6 +70,8 @@ class Output(NamedTuple):
     """[B, 37, 2 rows, 2 cols] logits of no direction and of 36 directions, with ``vector_heads``"""
     alignment: fusion.Alignment | None = None
     """how the pose was corrected, with ``align``"""
+    slope: fusion.Slope | None = None
+    """how the road slopes, with ``slopes``"""
 
 
 class BEVNetwork(nn.Module):
@@ -139,9 +141,10 @@ class BEVNetwork(nn.Module):
             # The search learns from its own loss: gradients through the places of cells only add noise.
             pose = fusion.moved(pose, alignment.offset.detach())
         latent, evidence = self.fusion.read(memory, pose, origin)
+        bev, slope = self.fusion.level(bev, latent, evidence)
         features = self.fusion.fuse(bev, latent, evidence, alignment)
         memory = self.fusion.write(memory, bev, features, pose, origin, alignment, repeat)
-        return self.decode(features)._replace(alignment=alignment), memory
+        return self.decode(features)._replace(alignment=alignment, slope=slope), memory
 
     @property
     def state_channels(self) -> int:

@@ -9,6 +9,7 @@ from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, EvidenceFusi
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
 from nmp.model.fusion.paper import PaperFusion
+from nmp.model.fusion.slope import Slope
 
 __all__ = [
     "EVIDENCE_SCALE",
@@ -17,6 +18,7 @@ __all__ = [
     "EvidenceFusion",
     "Memory",
     "PaperFusion",
+    "Slope",
     "ego_to_map",
     "make_fusion",
     "map_to_ego",

@@ -16,6 +16,7 @@ from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
+from nmp.model.fusion.slope import Leveller, Slope
 
 LATENT_SCALE = 127.0
 """int8 steps per unit of latent: latents lie in -1..1"""
@@ -68,6 +69,7 @@ class EvidenceFusion(nn.Module):
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)
         self.aligner = Aligner(config.feature_grid, channels, stored) if config.align else None
+        self.leveller = Leveller(config.feature_grid, channels, stored) if config.slopes else None
         # How well the pose is known, for what is read and for what is written. Until training finds otherwise it
         # makes no difference.
         self.spread_in = nn.Conv2d(3, channels, 1, bias=False) if config.align else None
@@ -91,6 +93,18 @@ class EvidenceFusion(nn.Module):
         ego = map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell)
         evidence = ego[:, -1:]
         return ego[:, :-1] / evidence.clamp(min=1e-6), evidence
+
+    def level(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, Slope | None]:
+        """Return the features as they would be on level ground, and the slope, by what :meth:`read` returned.
+
+        Without ``config.slopes``, and for frames of places never seen, they are the features given.
+        """
+        if self.leveller is None:
+            return bev, None
+        found: Slope = self.leveller(bev, latent, evidence)
+        known = evidence.amax(dim=(1, 2, 3), keepdim=True) > 0
+        # The search learns from its own loss, as that for the pose does.
+        return torch.where(known, self.leveller.level(bev, found), bev), found
 
     def fuse(self, bev: Tensor, latent: Tensor, evidence: Tensor, alignment: Alignment | None = None) -> Tensor:
         """Return the features [B, C, rows, cols] with the prior added."""

@@ -168,8 +168,9 @@ class PaperFusion(nn.Module):
         """Raise :class:`NmpError` where the configuration asks for parts that do not fit together."""
         super().__init__()
         channels = config.bev_channels
-        if config.align:
-            raise NmpError("network configuration: align works with fusion evidence only: set align to false")
+        for key in ("align", "slopes"):
+            if getattr(config, key):
+                raise NmpError(f"network configuration: {key} works with fusion evidence only: set {key} to false")
         if channels % HEADS:
             raise NmpError(
                 f"network configuration: bev_channels must be a multiple of {HEADS} with fusion paper, got {channels}"
@@ -182,6 +183,7 @@ class PaperFusion(nn.Module):
         self.config = config
         self.state_channels = channels
         self.aligner = None
+        self.leveller = None
         self.attention = PriorAttention(channels) if config.prior_attention else None
         self.gru = ConvGRU(channels) if config.prior_gru else None
         shape = config.feature_grid.shape
@@ -199,6 +201,10 @@ class PaperFusion(nn.Module):
             map_to_ego(memory.latent.float(), pose, net.feature_grid, origin, net.prior_cell, "nearest"),
             map_to_ego(memory.evidence.float(), pose, net.feature_grid, origin, net.prior_cell, "nearest"),
         )
+
+    def level(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, None]:
+        """Return the features as they are: this fusion does not look for slopes."""
+        return bev, None
 
     def fuse(self, bev: Tensor, latent: Tensor, evidence: Tensor, alignment: Alignment | None = None) -> Tensor:
         """Return the next state [B, C, rows, cols] in -1..1, which is also what is decoded.

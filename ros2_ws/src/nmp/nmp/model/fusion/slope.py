@@ -1,0 +1,137 @@
+"""How the road slopes under the car: found by laying what is seen over what is stored, and taken out of what is seen.
+
+A pose tells where the car is and how it leans, not how the road does. Where the ground rises by ``s`` (rise per metre)
+along the ego frame, a camera ``h`` above it sees a point at q as if it were at q + q (q . s) / h on level ground: 0.3
+degrees are 1.3 m at a distance of 20 m. Two numbers, s / h, describe it for the whole frame.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nmp.geometry import BevGrid
+
+SLOPES = 3
+"""slopes tried to either side along each axis"""
+SLOPE_STEP = 0.0025
+"""between them, rise per metre over the height of the cameras, 1/m"""
+SHIFTS = 2
+"""shifts tried with every slope to either side along each axis, in steps of two BEV cells: a slope and an error of the
+pose look much alike"""
+FEATURES = 8
+USUAL_SLOPE = 0.0033
+"""standard deviation before anything is seen, 1/m: 0.005 rad under cameras at 1.5 m"""
+USUAL_SHIFT_M = 0.5
+
+
+class Slope(NamedTuple):
+    """What the search found, for B frames."""
+
+    slope: Tensor
+    """[B, 2] rise of the ground forward and to the left per metre, over the height of the cameras, 1/m"""
+    shift: Tensor
+    """[B, 2] forward, left (m) that the pose is still off"""
+    log_probability: Tensor
+    """[B, slopes left, slopes forward, shifts left, shifts forward]"""
+
+
+class Leveller(nn.Module):
+    """Scores every slope of a grid, with small shifts, by how well two learned feature maps then agree.
+
+    Before it is trained it finds level ground.
+
+    :param channels: of the BEV features
+    :param prior_channels: of the stored latent
+    """
+
+    def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
+        super().__init__()
+        self.step_m = 2 * grid.resolution
+        self.seen = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        self.stored = nn.Sequential(nn.Conv2d(prior_channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        last = self.stored[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.scale = nn.Parameter(torch.tensor(0.0))
+        slope = torch.arange(-SLOPES, SLOPES + 1) * SLOPE_STEP
+        shift = torch.arange(-SHIFTS, SHIFTS + 1) * self.step_m
+        steep = (slope[:, None] ** 2 + slope[None, :] ** 2) / USUAL_SLOPE**2 / 2
+        far = (shift[:, None] ** 2 + shift[None, :] ** 2) / USUAL_SHIFT_M**2 / 2
+        self.bias = nn.Parameter(-(steep[:, :, None, None] + far))
+        self.register_buffer("slope", slope, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.slope: Tensor
+        self.shift: Tensor
+        rows, cols = grid.shape
+        fine = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(rows, cols, 2)
+        coarse = functional.avg_pool2d(fine.permute(2, 0, 1), 2).permute(1, 2, 0)
+        half = torch.tensor([grid.length / 2, grid.width / 2])
+        every = torch.stack([torch.stack([x, y]) for y, x in itertools.product(slope, slope)])  # [slopes, 2]
+        self.register_buffer("where", _seen_at(coarse, every) / half, persistent=False)
+        self.register_buffer("centres", fine, persistent=False)
+        self.register_buffer("edge", half, persistent=False)
+        self.where: Tensor
+        self.centres: Tensor
+        self.edge: Tensor
+
+    def forward(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> Slope:
+        """Score every slope.
+
+        :param bev: [B, C, rows, cols] features of this frame
+        :param latent: [B, D, rows, cols] stored latents as the pose places them in the ego frame
+        :param evidence: [B, 1, rows, cols] theirs
+        """
+        b = len(bev)
+        trust = evidence / (evidence + 1)
+        seen = self.seen(functional.avg_pool2d(bev, 2)).float()
+        stored = self.stored(functional.avg_pool2d(latent.to(bev.dtype), 2)).float()
+        stored = stored * functional.avg_pool2d(trust.float(), 2)
+        with torch.autocast(bev.device.type, enabled=False):
+            # All slopes of a frame are laid below each other: one lookup for all of them.
+            where = self.where.flatten(0, 1).expand(b, -1, -1, -1)
+            levelled = functional.grid_sample(seen, where, align_corners=False)
+            levelled = levelled.unflatten(2, (len(self.where), -1)).transpose(1, 2).flatten(2)
+            score = levelled @ _shifted(stored).flatten(2).transpose(1, 2)  # [B, slopes, shifts]
+        rows, cols = seen.shape[-2:]
+        score = score * (self.scale.exp() / math.sqrt(FEATURES * rows * cols))
+        score = score.view(b, *self.bias.shape) + self.bias.float()
+        log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
+        p = log_probability.exp()
+        slopes, shifts = p.sum(dim=(3, 4)), p.sum(dim=(1, 2))
+        return Slope(
+            torch.stack([slopes.sum(dim=1) @ self.slope, slopes.sum(dim=2) @ self.slope], dim=1),
+            torch.stack([shifts.sum(dim=1) @ self.shift, shifts.sum(dim=2) @ self.shift], dim=1),
+            log_probability,
+        )
+
+    def level(self, bev: Tensor, found: Slope) -> Tensor:
+        """Return features [B, C, rows, cols] where they would be on level ground, at the shifted pose.
+
+        No gradient goes into what was found.
+        """
+        where = _seen_at(self.centres, found.slope.detach()) - found.shift.detach()[:, None, None]
+        with torch.autocast(bev.device.type, enabled=False):
+            # not in bfloat16: its places would be off by a cell
+            moved = functional.grid_sample(bev.float(), where / self.edge, padding_mode="border", align_corners=False)
+        return moved.to(bev.dtype)
+
+
+def _seen_at(place: Tensor, slope: Tensor) -> Tensor:
+    """Return where places [rows, cols, 2] (m) seem to be on each of N slopes [N, 2]: [N, rows, cols, 2]."""
+    rise = torch.einsum("yxc,nc->nyx", place, slope)
+    return place * (1 + rise[..., None])
+
+
+def _shifted(stored: Tensor) -> Tensor:
+    """Return [B, shifts, K, rows, cols] of what lies at x + d for every shift d, zero outside."""
+    rows, cols = stored.shape[-2:]
+    padded = functional.pad(stored, [SHIFTS] * 4)
+    steps = range(2 * SHIFTS + 1)
+    return torch.stack([padded[..., y : y + rows, x : x + cols] for y in steps for x in steps], dim=1)
