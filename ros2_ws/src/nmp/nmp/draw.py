@@ -427,7 +427,9 @@ def city_picture(
     if not maps:
         raise NmpError("no layers to draw a city map of: map a drive first")
     way = np.array([m.map_from_base[:2, 3] for m in maps])
-    canvas = CityCanvas(np.concatenate([corners_of(m) for m in maps]), resolution, longest_side, margin)
+    canvas = CityCanvas(
+        np.concatenate([corners_of(m.map_from_base, m.grid) for m in maps]), resolution, longest_side, margin
+    )
     for m in maps:
         canvas.add(m)
     out = canvas.picture()
@@ -472,10 +474,10 @@ def vector_picture(
     return _framed_map(out, title, resolution, "")
 
 
-def corners_of(m: LocalMap) -> Array:
-    """Return the corners of a local map in the map frame, [4, 2] m."""
-    pose = flatten_to_plane(m.map_from_base)
-    half = np.array([m.grid.length, m.grid.width]) / 2
+def corners_of(map_from_base: Array, grid: BevGrid) -> Array:
+    """Return the corners of a local map at a pose [4, 4] in the map frame, [4, 2] m."""
+    pose = flatten_to_plane(map_from_base)
+    half = np.array([grid.length, grid.width]) / 2
     signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     out: Array = (signs * half) @ pose[:2, :2].T + pose[:2, 3]
     return out
@@ -492,7 +494,7 @@ def _vote(sums: NDArray[np.float32], m: LocalMap, west: float, north: float, res
     if shrink > 1:  # thin lines would flicker away between the pixels
         votes = np.asarray(cv2.GaussianBlur(votes, (0, 0), 0.4 * shrink), np.float32)
     # only the part of the picture in which the local map lies
-    corners = corners_of(m)
+    corners = corners_of(m.map_from_base, m.grid)
     left, top = (
         int(v) - 1 for v in ((corners[:, 0].min() - west) / resolution, (north - corners[:, 1].max()) / resolution)
     )

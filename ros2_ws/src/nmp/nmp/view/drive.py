@@ -1,0 +1,225 @@
+"""A recorded drive, opened for looking: its pictures, its way, its layers, each found when it is asked for."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from nmp import topics
+from nmp.bags.reader import BagReader
+from nmp.errors import NmpError
+from nmp.evaluation import CityMaps
+from nmp.frame import CAMERAS, LocalMap
+from nmp.geometry import Array, BevGrid
+from nmp.layers import layer_files, read_layer
+from nmp.messages import content, frame_id, stamp_ns, transform_of
+from nmp.view.find import Recording
+
+JPEG_QUALITY = 85
+_OVERLAP_NS = 2_000_000_000
+"""layers may reach so far over the ends of their bag"""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Where an image stands in the bag."""
+
+    stamp_ns: int
+    """of its header"""
+    log_ns: int
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """Layers on disk."""
+
+    stamp_ns: int
+    map_from_base: Array
+    """[4, 4]"""
+    grid: BevGrid
+    path: Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that was said: a diagnosis that was not "fine"."""
+
+    stamp_ns: int
+    level: int
+    """as of diagnostic_msgs/DiagnosticStatus: 1 a warning, 2 an error, 3 stale"""
+    text: str
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the car believed to be."""
+
+    stamp_ns: int
+    map_from_base: Array
+    """[4, 4]"""
+
+
+@dataclass(frozen=True)
+class Mounting:
+    """A transform of ``/tf_static``."""
+
+    parent: str
+    child: str
+    parent_from_child: Array
+    """[4, 4]"""
+
+
+class RecordedDrive:
+    """A bag and its layers; may be asked by several threads at once."""
+
+    def __init__(self, recording: Recording, maps: CityMaps | None = None) -> None:
+        """Read through the bag once and note where everything is.
+
+        :param maps: where the true map is, if it is known
+
+        Raises :class:`NmpError` for a bag without images, for a damaged one, and for layers of another drive.
+        """
+        self.recording = recording
+        self.shots: dict[str, list[Shot]] = {}
+        """by camera, in the order of time"""
+        self.poses: list[Pose] = []
+        self.mountings: list[Mounting] = []
+        self.notes: list[Note] = []
+        self._maps = maps
+        self._lock = threading.Lock()
+        self._reader = BagReader(recording.bag)
+        self._reader.__enter__()
+        try:
+            self._image_topics = self._cameras()
+            self._read_bag()
+            self.keyframes = [self._keyframe(path) for path in layer_files(recording.layers)]
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+        first = read_layer(self.keyframes[0].path)
+        self.location, self.grid = first.location, first.grid
+        if not self.poses:
+            self.poses = [Pose(k.stamp_ns, k.map_from_base) for k in self.keyframes]
+        self.layers = lru_cache(maxsize=8)(self._layers)
+
+    def _cameras(self) -> dict[str, str]:
+        """Return the topic of each camera that the bag has images of, the compressed ones where there are both."""
+        counts = {name: topic.count for name, topic in self._reader.topics.items()}
+        found = {}
+        for camera in CAMERAS:
+            names = [topics.absolute(topics.image_topic(camera, kind)) for kind in ("compressed", "raw")]
+            if name := next((n for n in names if counts.get(n)), None):
+                found[camera] = name
+        if not found:
+            wanted = topics.absolute(topics.image_topic(CAMERAS[0]))
+            raise NmpError(f"bag {self._reader.path} has no images (such as on {wanted}): record or remap the cameras")
+        return found
+
+    def _read_bag(self) -> None:
+        of_topic = {topic: camera for camera, topic in self._image_topics.items()}
+        odom, static = topics.absolute(topics.ODOM), topics.TF_STATIC
+        self.shots = {camera: [] for camera in self._image_topics}
+        wanted = {*of_topic, odom, static, topics.DIAGNOSTICS} & set(self._reader.topics)
+        for message in self._reader.messages(wanted):
+            msg = message.message
+            if message.topic in of_topic:
+                self.shots[of_topic[message.topic]].append(Shot(stamp_ns(msg), message.stamp_ns))
+            elif message.topic == odom:
+                pose = msg.pose.pose
+                self.poses.append(Pose(stamp_ns(msg), transform_of(pose.position, pose.orientation)))
+            elif message.topic == static:
+                self.mountings += [mounting_of(t) for t in msg.transforms]
+            else:
+                self.notes += notes_of(msg)
+        for shots in self.shots.values():
+            shots.sort(key=lambda s: s.stamp_ns)
+        self.poses.sort(key=lambda p: p.stamp_ns)
+
+    def _keyframe(self, path: Path) -> Keyframe:
+        local_map = read_layer(path)
+        return Keyframe(local_map.stamp_ns, local_map.map_from_base, local_map.grid, path)
+
+    def _check(self) -> None:
+        begin = min(shots[0].stamp_ns for shots in self.shots.values()) - _OVERLAP_NS
+        end = max(shots[-1].stamp_ns for shots in self.shots.values()) + _OVERLAP_NS
+        if not any(begin <= k.stamp_ns <= end for k in self.keyframes):
+            raise NmpError(
+                f"the layers in {self.recording.layers} are not of the time of bag {self.recording.bag}: give the "
+                "layers that were made of it"
+            )
+
+    @property
+    def start_ns(self) -> int:
+        """Stamp of the first image or layers."""
+        return min(self.keyframes[0].stamp_ns, *(s[0].stamp_ns for s in self.shots.values()))
+
+    @property
+    def end_ns(self) -> int:
+        """Stamp of the last image or layers."""
+        return max(self.keyframes[-1].stamp_ns, *(s[-1].stamp_ns for s in self.shots.values()))
+
+    def image(self, camera: str, index: int) -> bytes:
+        """Return an image as a JPEG or PNG file; :class:`NmpError` when it is damaged."""
+        log_ns = self.shots[camera][index].log_ns
+        with self._lock:
+            found = self._reader.messages_at(self._image_topics[camera], log_ns)
+        same = [m.message for m in found if stamp_ns(m.message) == self.shots[camera][index].stamp_ns]
+        return encoded(same[0])
+
+    def _layers(self, index: int) -> LocalMap:
+        return read_layer(self.keyframes[index].path)
+
+    def truth(self, index: int) -> NDArray[np.uint8] | None:
+        """Return the true layers [3, rows, cols] at the pose of a keyframe, None where no true map is known."""
+        if self._maps is None:
+            return None
+        with self._lock:
+            return self._maps.truth_of(self.layers(index))
+
+    def close(self) -> None:
+        """Close the bag."""
+        self._reader.__exit__(None, None, None)
+
+    def __enter__(self) -> RecordedDrive:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def encoded(msg: Any) -> bytes:
+    """Return the image of a sensor_msgs/CompressedImage or Image as a JPEG or PNG file."""
+    image = content(msg)
+    return image if isinstance(image, bytes) else jpeg_of(image)
+
+
+def jpeg_of(rgb: NDArray[np.uint8]) -> bytes:
+    """Return an RGB picture [H, W, 3] as a JPEG file."""
+    return bytes(cv2.imencode(".jpg", rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+
+
+def mounting_of(transform: Any) -> Mounting:
+    """Return a geometry_msgs/TransformStamped."""
+    matrix = transform_of(transform.transform.translation, transform.transform.rotation)
+    return Mounting(frame_id(transform), str(transform.child_frame_id).lstrip("/"), matrix)
+
+
+def notes_of(msg: Any) -> list[Note]:
+    """Return what a diagnostic_msgs/DiagnosticArray complains about."""
+    statuses = [(_level(status.level), status) for status in msg.status]
+    return [Note(stamp_ns(msg), level, f"{s.name}: {s.message}") for level, s in statuses if level]
+
+
+def _level(value: Any) -> int:
+    return value[0] if isinstance(value, bytes) else int(value)

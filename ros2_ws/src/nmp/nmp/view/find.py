@@ -1,0 +1,100 @@
+"""Which drives there are to look at: bags, and the layers that were made of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmp.bags.reader import BagReader
+from nmp.errors import NmpError
+
+STORAGE = (".mcap", ".db3")
+_INSIDE = ("*", "*/*")
+"""how deep folders are searched: ``out/demo`` holds ``bags/scene-0001`` and ``layers/first_pass``"""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A bag with layers that were made of it."""
+
+    bag: Path
+    layers: Path
+
+    @property
+    def name(self) -> str:
+        """What people call it: the bag, then the layers."""
+        return f"{self.bag.stem}, {self.layers.resolve().name.replace('_', ' ')}"
+
+    @property
+    def slug(self) -> str:
+        """A name of its own for addresses and folders."""
+        text = f"{self.bag.stem}.{self.layers.resolve().name}"
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+
+
+def find_recordings(places: Sequence[Path]) -> list[Recording]:
+    """Return the recordings in bags, folders of layers, and folders that hold such; the one to show comes first.
+
+    One bag and one folder of layers belong together as they are. Of more, those belong together whose times overlap.
+    Raises :class:`NmpError` for a place that holds neither, and when nothing goes together.
+    """
+    bags: list[Path] = []
+    layers: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise NmpError(f"{place} does not exist: give a bag and the layers of 'nmp map', or the folder of a demo")
+        inside = [place] + ([p for depth in _INSIDE for p in sorted(place.glob(depth))] if place.is_dir() else [])
+        # the file within a bag's folder is that bag
+        found_bags = [p for p in inside if _is_bag(p) and (p == place or not _is_bag(p.parent))]
+        found_layers = [p for p in inside if _is_layers(p)]
+        if not found_bags and not found_layers:
+            raise NmpError(
+                f"{place} holds neither a bag nor layers: give a bag and the layers that 'nmp map' made of it"
+            )
+        bags += [p for p in found_bags if p not in bags]
+        layers += [p for p in found_layers if p not in layers]
+    if not bags:
+        raise NmpError(f"{layers[0]} holds layers only: give the bag, too, that they were made of")
+    if not layers:
+        raise NmpError(
+            f"no layers were recorded of {bags[0]}: make them (nmp map {bags[0]} --prior CITY --out LAYERS) and give "
+            "their folder, too"
+        )
+    if len(bags) == len(layers) == 1:
+        return [Recording(bags[0], layers[0])]
+    return _first_what_was_driven_last(_by_time(bags, layers), places)
+
+
+def _is_bag(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in STORAGE
+    return (path / "metadata.yaml").is_file() or any(p.is_file() for s in STORAGE for p in path.glob(f"*{s}"))
+
+
+def _is_layers(path: Path) -> bool:
+    return path.is_dir() and any(p.stem.isdigit() for p in path.glob("*.npz"))
+
+
+def _by_time(bags: Iterable[Path], layers: Iterable[Path]) -> list[Recording]:
+    stamps = {folder: [int(p.stem) for p in folder.glob("*.npz") if p.stem.isdigit()] for folder in layers}
+    out = []
+    for bag in bags:
+        with BagReader(bag) as reader:
+            begin, end = reader.start_ns, reader.end_ns
+        out += [Recording(bag, f) for f, times in stamps.items() if any(begin <= t <= end for t in times)]
+    if not out:
+        raise NmpError("no layers are of the time of any bag: give a bag and the layers that were made of it")
+    return out
+
+
+def _first_what_was_driven_last(found: list[Recording], places: Sequence[Path]) -> list[Recording]:
+    """Sort so that the last of a demo's drives comes first; its ``metrics.json`` names them in order."""
+    order: list[str] = []
+    for place in places:
+        try:
+            order += json.loads((place / "metrics.json").read_text())["drives"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no demo
+    return sorted(found, key=lambda r: order.index(r.layers.name) if r.layers.name in order else -1, reverse=True)
