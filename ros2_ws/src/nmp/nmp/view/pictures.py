@@ -70,7 +70,7 @@ def lines_png(local_map: LocalMap) -> bytes:
     seen = (local_map.evidence > 0).astype(np.float32)
     faint = coloured(opacity(local_map.probabilities) * np.float32(0.25), seen)[::-1]
     size = (grid.cols * scale, grid.rows * scale)
-    out = np.ascontiguousarray(cv2.resize(faint, size, interpolation=cv2.INTER_LINEAR))
+    out = np.ascontiguousarray(cv2.resize(faint, size, interpolation=cv2.INTER_LINEAR), np.uint8)
     for element in vectorize(local_map.probabilities * seen, grid):
         draw_line(out, element.name, np.array(outline(element.geometry).coords), grid)
     return png_of(out)
