@@ -164,12 +164,17 @@ def _content(
         "name": name,
         "location": drive.location,
         "began": clock(start),
+        "from": 0.0,
         "seconds": seconds(drive.end_ns),
         "grid": [drive.grid.length, drive.grid.width],
         "cameras": {camera: [seconds(s.stamp_ns) for s in shots] for camera, shots in drive.shots.items()},
         "poses": poses,
         "layers": [[seconds(k.stamp_ns), *planar(k.map_from_base)] for k in drive.keyframes],
-        "city": [[int(p.whole), *(round(v, 3) for v in p.edges)] for p in pieces],
+        "city": [
+            [seconds(k.stamp_ns), int(p.whole), *(round(v, 3) for v in p.edges)]
+            for k, p in zip(drive.keyframes, pieces, strict=True)
+        ],
+        "first": {"cameras": {}, "layers": 0, "city": 0},
         "bounds": [round(v, 3) for v in edges],
         "scores": _scores(drive),
         "notes": [[seconds(n.stamp_ns), n.level, n.text] for n in drive.notes],
