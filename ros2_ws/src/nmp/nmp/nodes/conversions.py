@@ -22,6 +22,7 @@ from nmp.vectorize import outline
 from nmp.vectors.elements import MapElement
 from nmp.vectors.raster import Overview
 from nmp.vectors.tracker import Tracked
+from nmp.view.sink import Elements, Line
 
 try:
     from tf_transformations import euler_from_quaternion, quaternion_from_euler  # type: ignore[import-not-found]
@@ -111,6 +112,40 @@ def from_occupancy_grids(grids: dict[str, OccupancyGrid], location: str) -> Loca
         probabilities=np.maximum(cells, 0).astype(np.float32) / 100.0,
         evidence=(cells[0] >= 0).astype(np.float32),
     )
+
+
+def from_city_grids(grids: dict[str, OccupancyGrid]) -> Overview:
+    """Return the city of one grid per class; the other way round of :func:`to_city_grids`, to a percent.
+
+    Raises :class:`NmpError` when the grids do not lie over one another.
+    """
+    first = grids[CLASSES[0]]
+    shape = (first.info.height, first.info.width)
+    if any((grids[c].info.height, grids[c].info.width) != shape for c in CLASSES):
+        raise NmpError("the grids of the city differ in size: listen to one mapping node only")
+    cells = np.stack([np.frombuffer(grids[c].data, dtype=np.int8).reshape(shape) for c in CLASSES])
+    origin = first.info.origin.position
+    return Overview(
+        probabilities=np.maximum(cells, 0).astype(np.float32) / 100.0,
+        seen=(cells[0] >= 0).astype(np.float32),
+        corner=(float(origin.x), float(origin.y)),
+        resolution=round(first.info.resolution, 6),
+    )
+
+
+def from_markers(msg: MarkerArray) -> Elements:
+    """Return the lines of markers, and what they delete; the other way round of :func:`to_markers`."""
+    stamps = [to_ns(m.header.stamp) for m in msg.markers]
+    lines, gone, afresh = [], [], False
+    for marker in msg.markers:
+        if marker.action == Marker.DELETEALL:
+            afresh = True
+        elif marker.action == Marker.DELETE:
+            gone.append((marker.ns, marker.id))
+        elif marker.ns in CLASSES:
+            points = np.array([[p.x, p.y] for p in marker.points]).reshape(-1, 2)
+            lines.append(Line(marker.ns, marker.id, points, (marker.color.a - 0.3) / 0.7))
+    return Elements(max(stamps, default=0), lines, gone, afresh)
 
 
 def to_image(rgb: NDArray[np.uint8], stamp_ns: int) -> Image:

@@ -6,7 +6,6 @@ Message types: https://docs.foxglove.dev/docs/sdk/schemas. The SDK is an extra o
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -37,8 +36,6 @@ except ImportError as missing:
         "--foxglove and --mcap out"
     ) from missing
 
-PORT = 8765
-"""that Foxglove asks for"""
 LAYOUT = "foxglove.json"
 """in this package; to be imported in Foxglove"""
 LINE_WIDTH_M = 0.25
@@ -229,7 +226,6 @@ def announce(server: WebSocketServer, host: str) -> None:
     print(f"serving ws://{host}:{server.port} (Ctrl-C ends)")
     print("  in Foxglove (desktop, or app.foxglove.dev): Open connection, Foxglove WebSocket, that address")
     print(f"  then Layouts, Import from file: {layout_path()}", flush=True)
-    sys.stdout.flush()
 
 
 def _entity(name: str, number: int) -> str:

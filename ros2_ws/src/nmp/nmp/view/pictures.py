@@ -66,14 +66,19 @@ def layers_png(layers: Layers, seen: NDArray[np.float32] | None = None) -> bytes
 
 def lines_png(local_map: LocalMap) -> bytes:
     """Draw the elements of the layers as lines over the faint layers, the car to the right."""
-    grid, scale = local_map.grid, _LINES_SCALE
+    out = faint_layers(local_map)
+    seen = (local_map.evidence > 0).astype(np.float32)
+    for element in vectorize(local_map.probabilities * seen, local_map.grid):
+        draw_line(out, element.name, np.array(outline(element.geometry).coords), local_map.grid)
+    return png_of(out)
+
+
+def faint_layers(local_map: LocalMap) -> Picture:
+    """Draw layers for lines to be drawn over them, three pixels a cell, the car to the right."""
     seen = (local_map.evidence > 0).astype(np.float32)
     faint = coloured(opacity(local_map.probabilities) * np.float32(0.25), seen)[::-1]
-    size = (grid.cols * scale, grid.rows * scale)
-    out = np.ascontiguousarray(cv2.resize(faint, size, interpolation=cv2.INTER_LINEAR), np.uint8)
-    for element in vectorize(local_map.probabilities * seen, grid):
-        draw_line(out, element.name, np.array(outline(element.geometry).coords), grid)
-    return png_of(out)
+    size = (local_map.grid.cols * _LINES_SCALE, local_map.grid.rows * _LINES_SCALE)
+    return np.ascontiguousarray(cv2.resize(faint, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def draw_line(picture: Picture, name: str, points: NDArray[np.float64], grid: BevGrid) -> None:

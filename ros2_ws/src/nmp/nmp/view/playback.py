@@ -125,6 +125,7 @@ class Player:
         self._playing, self._speed, self._looping = True, 1.0, True
         self._jump: int | None = begin_ns
         self._stopped = False
+        self.ended = threading.Event()
         self.failure: Exception | None = None
         """what ended the thread before its time"""
         self._thread = threading.Thread(target=self._run, name="player", daemon=True)
@@ -172,6 +173,8 @@ class Player:
                 self._turn()
         except Exception as error:
             self.failure = error
+        finally:
+            self.ended.set()
 
     def _turn(self) -> None:
         with self._changed:
