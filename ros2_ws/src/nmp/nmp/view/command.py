@@ -52,8 +52,6 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     # whoever starts it as a service ends it as neatly as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if not (args.out or args.mcap):
-        warn_if_open(args.host)
     port = (FOXGLOVE_PORT if args.foxglove else PAGE_PORT) if args.port is None else args.port
     if args.live:
         _live(args, port)
@@ -107,6 +105,7 @@ def _write_pages(screens: Sequence[RecordedScreen], folder: Path) -> None:
 
 
 def _serve(server: PageServer) -> None:
+    warn_if_open(server.host)
     print(f"open {server.url} (Ctrl-C ends)", flush=True)
     with server:
         try:

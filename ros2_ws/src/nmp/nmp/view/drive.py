@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from nmp import topics
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
-from nmp.evaluation import CityMaps
-from nmp.frame import CAMERAS, LocalMap
+from nmp.evaluation import CityMaps, nan_as_null
+from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid
 from nmp.layers import layer_files, read_layer
 from nmp.messages import content, frame_id, stamp_ns, transform_of
+from nmp.metrics import IouMeter
 from nmp.view.find import Recording
 
 JPEG_QUALITY = 85
@@ -50,11 +51,11 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that was said: a diagnosis that was not "fine"."""
+    """Something that was said: a diagnosis, or how far a drive is."""
 
     stamp_ns: int
     level: int
-    """as of diagnostic_msgs/DiagnosticStatus: 1 a warning, 2 an error, 3 stale"""
+    """as of diagnostic_msgs/DiagnosticStatus: 0 fine, 1 a warning, 2 an error, 3 stale"""
     text: str
 
 
@@ -184,6 +185,23 @@ class RecordedDrive:
             return None
         with self._lock:
             return self._maps.truth_of(self.layers(index))
+
+    @cached_property
+    def scores(self) -> list[list[float | None]] | None:
+        """IoU (percent) of every class and their mean, from the first keyframe to each; None without a true map.
+
+        None in place of a score that is not defined: neither layers nor truth have that class.
+        """
+        meter, out = IouMeter(), []
+        for index in range(len(self.keyframes)):
+            truth = self.truth(index)
+            if truth is None:
+                return None
+            meter.add(self.layers(index).masks, truth)
+            percent = meter.percent()
+            out.append([round(percent[key], 2) for key in (*CLASSES, "miou")])
+        rows: list[list[float | None]] = nan_as_null(out)
+        return rows
 
     def close(self) -> None:
         """Close the bag."""

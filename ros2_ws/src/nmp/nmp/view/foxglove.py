@@ -23,7 +23,7 @@ from nmp.geometry import Array, flatten_to_plane, quaternion_of, transform_from_
 from nmp.layers import occupancy
 from nmp.vectors.raster import Overview
 from nmp.view.drive import Mounting, Note, Pose
-from nmp.view.server import cannot_listen
+from nmp.view.server import cannot_listen, in_address, warn_if_open
 from nmp.view.sink import Elements, Sink
 
 try:
@@ -223,7 +223,8 @@ def layout_path() -> Path:
 
 def announce(server: WebSocketServer, host: str) -> None:
     """Say how to look."""
-    print(f"serving ws://{host}:{server.port} (Ctrl-C ends)")
+    warn_if_open(host)
+    print(f"serving ws://{in_address(host)}:{server.port} (Ctrl-C ends)")
     print("  in Foxglove (desktop, or app.foxglove.dev): Open connection, Foxglove WebSocket, that address")
     print(f"  then Layouts, Import from file: {layout_path()}", flush=True)
 

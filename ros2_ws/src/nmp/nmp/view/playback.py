@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nmp.nodes.city import CitySoFar
 from nmp.vectors.tracker import ElementTracker
-from nmp.view.drive import RecordedDrive
+from nmp.view.drive import Note, RecordedDrive
 from nmp.view.sink import Elements, Sink
 
 TICK_S = 0.05
@@ -84,7 +84,12 @@ class Story:
         self._sink.elements(Elements(tracked.stamp_ns, tracked.lines, tracked.gone, afresh))
         # again and again: who comes later needs them, too
         self._sink.mountings(local_map.stamp_ns, self._drive.mountings)
-        last = index == len(self._drive.keyframes) - 1
+        count = len(self._drive.keyframes)
+        told = f"keyframe {index + 1} of {count}"
+        if (scores := self._drive.scores) is not None and (miou := scores[index][-1]) is not None:
+            told += f": {miou:.1f} mIoU so far"
+        self._sink.note(Note(local_map.stamp_ns, 0, told))
+        last = index == count - 1
         if self._sink.wants_city() and (afresh or last or index % CITY_EVERY == 0):
             self._show_city(index)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,6 +30,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def in_address(host: str) -> str:
+    """Return a host as addresses write it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def warn_if_open(host: str) -> None:
@@ -58,6 +64,7 @@ class PageServer(ThreadingHTTPServer):
         Raises :class:`NmpError` when the port cannot be opened.
         """
         self.host = host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), partial(_Handler, site, events))
         except (OSError, OverflowError) as error:
@@ -67,7 +74,7 @@ class PageServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address to open."""
-        return f"http://{self.host}:{self.server_address[1]}/"
+        return f"http://{in_address(self.host)}:{self.server_address[1]}/"
 
 
 class _Handler(BaseHTTPRequestHandler):

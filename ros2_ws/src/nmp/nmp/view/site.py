@@ -11,10 +11,9 @@ from typing import Any
 
 from nmp.draw import CAR_LENGTH, CAR_WIDTH, CLASS_COLOURS, REAR_OVERHANG
 from nmp.errors import NmpError
-from nmp.evaluation import CityMaps, nan_as_null
+from nmp.evaluation import CityMaps
 from nmp.frame import CAMERAS, CLASSES
 from nmp.geometry import Array, yaw_of
-from nmp.metrics import IouMeter
 from nmp.page import hex_colour, page_with
 from nmp.view.drive import RecordedDrive
 from nmp.view.find import Recording
@@ -176,23 +175,9 @@ def _content(
         ],
         "first": {"cameras": {}, "layers": 0, "city": 0},
         "bounds": [round(v, 3) for v in edges],
-        "scores": _scores(drive),
+        "scores": drive.scores,
         "notes": [[seconds(n.stamp_ns), n.level, n.text] for n in drive.notes],
     }
-
-
-def _scores(drive: RecordedDrive) -> list[list[float | None]] | None:
-    """Return IoU (percent) of every class and their mean, from the first keyframe to each; None without a true map."""
-    meter, out = IouMeter(), []
-    for index in range(len(drive.keyframes)):
-        truth = drive.truth(index)
-        if truth is None:
-            return None
-        meter.add(drive.layers(index).masks, truth)
-        percent = meter.percent()
-        out.append([round(percent[key], 2) for key in (*CLASSES, "miou")])
-    rows: list[list[float | None]] = nan_as_null(out)
-    return rows
 
 
 class Site:
