@@ -6,6 +6,8 @@ import time
 from types import TracebackType
 
 from foxglove.websocket import (
+    ChannelView,
+    Client,
     PlaybackCommand,
     PlaybackControlRequest,
     PlaybackState,
@@ -44,6 +46,10 @@ class FoxglovePlayer(ServerListener):
             seek_ns=request.seek_time,
         )
         return _state(moment, request.request_id)
+
+    def on_subscribe(self, client: Client, channel: ChannelView) -> None:
+        """Show a new panel something at once; called by the server."""
+        self.player.refresh()
 
     def _tell(self, moment: Moment) -> None:
         self.server.broadcast_time(moment.at_ns)

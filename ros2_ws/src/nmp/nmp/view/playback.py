@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from bisect import bisect_right
@@ -16,6 +17,8 @@ from nmp.view.sink import Elements, Sink
 
 TICK_S = 0.05
 """the time is told so often"""
+SETTLE_S = 0.2
+"""a subscription is told of before it takes effect, and panels come several at a time"""
 CITY_EVERY = 4
 """keyframes; in between the city hardly changes, and it is large"""
 
@@ -129,6 +132,7 @@ class Player:
         self._at, self._since = begin_ns, time.monotonic()  # the moment shown, and when it was that
         self._playing, self._speed, self._looping = True, 1.0, True
         self._jump: int | None = begin_ns
+        self._again_s = math.inf  # when what is to be seen is shown once more (monotonic clock)
         self._stopped = False
         self.ended = threading.Event()
         self.failure: Exception | None = None
@@ -154,7 +158,7 @@ class Player:
         with self._changed:
             self._at, self._since = self._now(), time.monotonic()
             self._looping = False
-            self._speed = min(max(speed, 0.01), 100.0)
+            self._speed = min(max(speed, 0.01), 100.0) if math.isfinite(speed) else 1.0
             if seek_ns is not None:
                 self._jump = self._at = min(max(seek_ns, self._begin), self._end)
             elif play and not self._playing and self._at >= self._end:
@@ -162,6 +166,13 @@ class Player:
             self._playing = play
             self._changed.notify()
             return self._moment(seek_ns is not None)
+
+    def refresh(self) -> None:
+        """Show what is to be seen once more where it stands still: somebody has just come, or wants to see more."""
+        with self._changed:
+            if not self._playing:
+                self._again_s = time.monotonic() + SETTLE_S
+                self._changed.notify()
 
     def _now(self) -> int:
         if not self._playing or self._jump is not None:
@@ -187,9 +198,13 @@ class Player:
             if jump is not None:
                 self._at, self._since = jump, time.monotonic()
             now = self._now()
-        if jump is not None:
-            self._tell(Moment(jump, self._playing, self._speed, False, True))
-            self._story.jump(jump)
+            again = time.monotonic() >= self._again_s
+            if again:
+                self._again_s = math.inf
+        if jump is not None or again:
+            if jump is not None:
+                self._tell(Moment(jump, self._playing, self._speed, False, True))
+            self._story.jump(now)
             with self._changed:
                 if self._jump is None:  # drawing the first picture takes no time of the drive
                     self._since = time.monotonic()
@@ -202,11 +217,10 @@ class Player:
                 else:
                     self._playing, self._at = False, self._end
             moment = self._moment(False)
-            wait = self._jump is None and not self._stopped
         self._tell(moment)
         with self._changed:
-            if wait and self._jump is None and not self._stopped:
-                self._changed.wait(TICK_S if self._playing else 1.0)
+            if self._jump is None and not self._stopped:
+                self._changed.wait(TICK_S if self._playing or self._again_s < math.inf else 1.0)
 
 
 def replay(story: Story, begin_ns: int, end_ns: int, step: Callable[[int], object]) -> None:
