@@ -24,8 +24,9 @@ class Recording:
 
     @property
     def name(self) -> str:
-        """What people call it: the bag, then the layers."""
-        return f"{self.bag.stem}, {self.layers.resolve().name.replace('_', ' ')}"
+        """What people call it: the bag, then the layers where they have another name."""
+        layers = self.layers.resolve().name
+        return self.bag.stem if layers == self.bag.stem else f"{self.bag.stem}, {layers.replace('_', ' ')}"
 
     @property
     def slug(self) -> str:
