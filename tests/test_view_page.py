@@ -15,11 +15,14 @@ from PIL import Image
 from nmp.cli import main
 from nmp.draw import CLASS_COLOURS
 from nmp.frame import CAMERAS
+from nmp.nodes.city import CitySoFar
+from nmp.view.drive import Note, Pose
 from nmp.view.find import find_recordings
+from nmp.view.live import LiveScreen
 from nmp.view.server import PageServer
 from nmp.view.site import RecordedScreen, Site
 from tests.bag_fixtures import jpeg
-from tests.view_fixtures import FRAMES, FRONT_S, GRID, PERIOD_S, browser, make_drive, served
+from tests.view_fixtures import FRAMES, FRONT_S, GRID, PERIOD_S, browser, layers_at, make_drive, served
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ class Looker:
         page.on("requestfailed", lambda request: self.complaints.append(request.url))
         page.on("response", lambda answer: self.complaints.append(answer.url) if answer.status >= 400 else None)
         page.goto(url)
-        page.wait_for_url("**/drive.seen/**")  # whatever the address was
+        page.wait_for_url("**/drive.seen/**" if "live" not in url else "**")  # whatever the address was
         self.settle()
 
     def settle(self) -> None:
@@ -222,3 +225,44 @@ def test_a_written_folder_opens_from_the_disk(
     (tmp_path / "mine" / "letter.txt").write_text("keep me")
     assert main(["view", *map(str, drive), "--out", str(tmp_path / "mine")]) == 2
     assert "holds other files" in capsys.readouterr().err and (tmp_path / "mine" / "letter.txt").exists()
+
+
+def test_a_running_node_is_followed_until_somebody_looks_back(chromium: Any) -> None:
+    screen = LiveScreen("mapping_node", "waiting")
+    city = CitySoFar()
+
+    def drive(index: int) -> None:
+        local_map = layers_at(index)
+        for camera in CAMERAS:
+            screen.image(camera, local_map.stamp_ns, jpeg(index))
+        screen.pose(Pose(local_map.stamp_ns, local_map.map_from_base))
+        screen.layers(local_map)
+        city.add(local_map)
+        screen.city(local_map.stamp_ns, city.overview())
+
+    drive(0)
+    server = PageServer(Site([screen]), events=screen.events)
+    page = chromium.new_page(viewport={"width": 1280, "height": 720})
+    with served(server) as url:
+        looker = Looker(page, f"{url}live/")
+        for index in range(1, 6):
+            drive(index)
+        looker.until(
+            "drive.layers.length === 5 && drive.seconds === 2.5 && player.t > 2"
+        )  # the last one's lines may come
+        looker.settle()
+        assert looker.pixels("cam_back").std() > 20
+        assert looker.count("seen", CLASS_COLOURS["boundary"]) > 200
+        assert looker.count("city", CLASS_COLOURS["boundary"]) > 50
+        page.keyboard.press("Home")
+        assert looker.time == 0.0 and page.get_attribute("#newest", "aria-pressed") == "false"
+        screen.note(Note(0, 2, "cam_back is silent"))
+        drive(6)
+        looker.until("drive.seconds === 3")
+        assert looker.time == 0.0  # it stays where somebody looks
+        page.click("#newest")
+        looker.until("player.t > 2")
+        assert page.inner_text("#notes li.error") == "cam_back is silent"
+        assert looker.complaints == []
+        page.close()
+    city.close()
