@@ -6,7 +6,9 @@ import http.client
 import io
 import json
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -308,3 +310,18 @@ def test_layers_may_reach_over_the_end_of_a_bag(tmp_path: Path) -> None:
         writer.write(layers_at(index))
     with RecordedDrive(find_recordings([bag, tmp_path / "layers"])[0]) as found:
         assert len(found.keyframes) == 4 and found.end_ns == found.keyframes[-1].stamp_ns
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_to_look_and_ends_quietly(drive: tuple[Path, Path], ending: signal.Signals) -> None:
+    command = [sys.executable, "-m", "nmp.cli", "view", *map(str, drive), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "  drive, seen\n"
+        said = process.stdout.readline()
+        address = said.split()[1]
+        assert said == f"open {address} (Ctrl-C ends)\n" and address.startswith("http://127.0.0.1:")
+        assert ask(address, "/drive.seen/")[0] == 200
+        process.send_signal(ending)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nmp.errors import NmpError
@@ -50,8 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp view``."""
     _check(args)
-    # whoever starts it as a service ends it as neatly as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = (FOXGLOVE_PORT if args.foxglove else PAGE_PORT) if args.port is None else args.port
     if args.live:
         _live(args, port)
@@ -107,11 +106,20 @@ def _write_pages(screens: Sequence[RecordedScreen], folder: Path) -> None:
 def _serve(server: PageServer) -> None:
     warn_if_open(server.host)
     print(f"open {server.url} (Ctrl-C ends)", flush=True)
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:  # the way to end it
-            print()
+    with server, _until_interrupted():
+        server.serve_forever()
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Run a block that Ctrl-C ends; SIGTERM, which services send, ends it as neatly."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell_others(recordings: Sequence[Recording]) -> None:
@@ -126,13 +134,10 @@ def _serve_foxglove(drive: RecordedDrive, host: str, port: int) -> None:
     from nmp.view.foxglove import announce  # isort: skip
     from nmp.view.control import FoxglovePlayer  # isort: skip
 
-    with FoxglovePlayer(drive, host, port) as served:
+    with FoxglovePlayer(drive, host, port) as served, _until_interrupted():
         announce(served.server, host)
-        try:
-            while not served.player.ended.wait(0.5):
-                pass
-        except KeyboardInterrupt:
-            print()
+        while not served.player.ended.wait(0.5):
+            pass
     if served.player.failure is not None:
         raise served.player.failure
 
@@ -167,11 +172,9 @@ def _live(args: argparse.Namespace, port: int) -> None:
         sink = FoxgloveSink()
         server = serve(sink, args.node, args.host, port)
         try:
-            with listening(sink, args.node, raw=args.raw):
+            with listening(sink, args.node, raw=args.raw), _until_interrupted():
                 announce(server, args.host)
                 threading.Event().wait()
-        except KeyboardInterrupt:
-            print()
         finally:
             server.stop()
         return
