@@ -24,7 +24,7 @@ from visualization_msgs.msg import MarkerArray
 from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, CLASSES
-from nmp.messages import picture_of, stamp_ns, transform_of
+from nmp.messages import stamp_ns, transform_of
 from nmp.nodes.conversions import from_city_grids, from_markers, from_occupancy_grids
 from nmp.nodes.qos import profile
 from nmp.view.drive import Mounting, Pose, encoded, mounting_of, notes_of
@@ -78,12 +78,8 @@ class ViewerNode(Node):
         self.create_subscription(kind, topic, on_message, profile(qos))
 
     def _on_image(self, camera: str, msg: Any) -> None:
-        if not self._sink.wants_image(camera):
-            return
-        found = picture_of(camera, stamp_ns(msg), msg)
-        if found.fault:
-            raise NmpError(found.fault[1])
-        self._sink.image(camera, found.stamp_ns, encoded(msg))
+        if self._sink.wants_image(camera):
+            self._sink.image(camera, stamp_ns(msg), encoded(camera, msg))
 
     def _on_pose(self, msg: Odometry) -> None:
         pose = msg.pose.pose

@@ -64,13 +64,14 @@ def run(args: argparse.Namespace) -> None:
         return
     screens = [RecordedScreen(recording, maps) for recording in recordings]
     try:
+        print(f"reading {recordings[0].name} ...", flush=True)
         screens[0].content()  # what is wrong with it shows before anybody has opened the page
         if args.out:
             _write_pages(screens, args.out)
         else:
             server = PageServer(Site(screens), args.host, port)
-            for recording in recordings:
-                print(f"  {recording.name}")
+            for recording in recordings[1:]:
+                print(f"  and {recording.name}")
             _serve(server)
     finally:
         for screen in screens:
@@ -99,8 +100,10 @@ def _write_pages(screens: Sequence[RecordedScreen], folder: Path) -> None:
 
     prepare_folder(folder)
     with tqdm(total=sum(1 for s in screens for _ in s.paths()), unit="picture", desc="view", disable=None) as bar:
-        count = write_pages(screens, folder, bar.update)
+        count, damaged = write_pages(screens, folder, bar.update)
     print(f"wrote {count} pictures: open {folder / 'index.html'}")
+    if damaged:
+        print(f"  {len(damaged)} images were left out; the first: {damaged[0]}")
 
 
 def _serve(server: PageServer) -> None:

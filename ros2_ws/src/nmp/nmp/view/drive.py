@@ -20,7 +20,7 @@ from nmp.evaluation import CityMaps, nan_as_null
 from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid
 from nmp.layers import layer_files, read_layer
-from nmp.messages import content, frame_id, stamp_ns, transform_of
+from nmp.messages import content, frame_id, picture_of, stamp_ns, transform_of
 from nmp.metrics import IouMeter
 from nmp.view.find import Recording
 
@@ -173,8 +173,8 @@ class RecordedDrive:
         log_ns = self.shots[camera][index].log_ns
         with self._lock:
             found = self._reader.messages_at(self._image_topics[camera], log_ns)
-        same = [m.message for m in found if stamp_ns(m.message) == self.shots[camera][index].stamp_ns]
-        return encoded(same[0])
+        stamp = self.shots[camera][index].stamp_ns
+        return encoded(camera, next(m.message for m in found if stamp_ns(m.message) == stamp))
 
     def _layers(self, index: int) -> LocalMap:
         return read_layer(self.keyframes[index].path)
@@ -216,8 +216,13 @@ class RecordedDrive:
         self.close()
 
 
-def encoded(msg: Any) -> bytes:
-    """Return the image of a sensor_msgs/CompressedImage or Image as a JPEG or PNG file."""
+def encoded(camera: str, msg: Any) -> bytes:
+    """Return the image of a sensor_msgs/CompressedImage or Image as a JPEG or PNG file.
+
+    Raises :class:`NmpError` for one that is damaged, or of an encoding that is not known.
+    """
+    if fault := picture_of(camera, stamp_ns(msg), msg).fault:
+        raise NmpError(fault[1])
     image = content(msg)
     return image if isinstance(image, bytes) else jpeg_of(image)
 

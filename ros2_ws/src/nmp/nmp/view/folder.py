@@ -32,19 +32,27 @@ def prepare_folder(folder: Path) -> None:
         raise _failure(folder, error) from error
 
 
-def write_pages(screens: Sequence[RecordedScreen], folder: Path, step: Step) -> int:
-    """Write ``<drive>/index.html`` with its pictures beside it, and ``index.html``; return how many pictures there are.
+def write_pages(screens: Sequence[RecordedScreen], folder: Path, step: Step) -> tuple[int, list[str]]:
+    """Write ``<drive>/index.html`` with its pictures beside it, and ``index.html``.
+
+    Returns how many pictures there are, and what is wrong with images that are damaged.
 
     :param step: is told how many more pictures are written
 
     Raises :class:`NmpError` when something cannot be read or written.
     """
     links = [Link(screen.name, screen.slug) for screen in screens]
-    count = 0
+    count, damaged = 0, list[str]()
     for screen in screens:
         place = folder / screen.slug
         for kind, rest, name in screen.paths():
-            found = screen.picture(kind, rest)
+            try:
+                found = screen.picture(kind, rest)
+            except NmpError as error:
+                if kind != "cameras":
+                    raise
+                found = None  # one damaged image; the page shows the one before
+                damaged.append(str(error))
             if found is not None:
                 _write(place / name, found)
                 count += 1
@@ -53,7 +61,7 @@ def write_pages(screens: Sequence[RecordedScreen], folder: Path, step: Step) -> 
     first = escape(f"{links[0].slug}/{INDEX}", quote=True)
     page = f'{_MARK}\n<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={first}">\n'
     _write(folder / INDEX, f'{page}<a href="{first}">{escape(links[0].name)}</a>\n'.encode())
-    return count
+    return count, damaged
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nmp.errors import NmpError
 from nmp.nodes.city import CitySoFar
 from nmp.vectors.tracker import ElementTracker
 from nmp.view.drive import Note, RecordedDrive
@@ -74,11 +75,19 @@ class Story:
             case "pose":
                 self._sink.pose(self._drive.poses[event.number])
             case "image" if self._sink.wants_image(event.camera):
-                self._sink.image(event.camera, event.stamp_ns, self._drive.image(event.camera, event.number))
+                self._show_image(event)
             case "note":
                 self._sink.note(self._drive.notes[event.number])
             case "layers":
                 self._show_layers(event.number, afresh)
+
+    def _show_image(self, event: _Event) -> None:
+        try:
+            image = self._drive.image(event.camera, event.number)
+        except NmpError as error:  # the rest of the drive can be seen all the same
+            self._sink.note(Note(event.stamp_ns, 2, str(error)))
+            return
+        self._sink.image(event.camera, event.stamp_ns, image)
 
     def _show_layers(self, index: int, afresh: bool) -> None:
         local_map = self._drive.layers(index)
