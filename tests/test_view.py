@@ -28,12 +28,12 @@ from nmp.evaluation import CityMaps
 from nmp.frame import CAMERAS, CLASSES
 from nmp.layers import LayerWriter
 from nmp.metrics import IouMeter
-from nmp.view.drive import Note, Pose, RecordedDrive
+from nmp.view.drive import RecordedDrive
 from nmp.view.find import find_recordings
 from nmp.view.live import KEEP_S, LiveScreen
 from nmp.view.pictures import CAMERA_WIDTH, CityPieces, small_camera
 from nmp.view.server import PageServer, warn_if_open
-from nmp.view.sink import Elements, Line
+from nmp.view.sink import Elements, Line, Note, Pose
 from nmp.view.site import RecordedScreen, Site
 from tests.bag_fixtures import bag_messages, jpeg, make_bag, write_messages
 from tests.test_truth import square_map

@@ -39,9 +39,8 @@ from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.viewer_node import ViewerNode  # noqa: E402
 from nmp.vectors.raster import Overview  # noqa: E402
 from nmp.vectors.tracker import ElementTracker  # noqa: E402
-from nmp.view.drive import Mounting, Note, Pose  # noqa: E402
 from nmp.view.live import LiveScreen  # noqa: E402
-from nmp.view.sink import Elements, Sink  # noqa: E402
+from nmp.view.sink import Elements, Mounting, Note, Pose, Sink  # noqa: E402
 from tests.bag_fixtures import LOCATION, jpeg  # noqa: E402
 from tests.view_fixtures import layers_at  # noqa: E402
 

@@ -16,10 +16,10 @@ from nmp.cli import main
 from nmp.draw import CLASS_COLOURS
 from nmp.frame import CAMERAS
 from nmp.nodes.city import CitySoFar
-from nmp.view.drive import Note, Pose
 from nmp.view.find import find_recordings
 from nmp.view.live import LiveScreen
 from nmp.view.server import PageServer
+from nmp.view.sink import Note, Pose
 from nmp.view.site import RecordedScreen, Site
 from tests.bag_fixtures import jpeg
 from tests.view_fixtures import FRAMES, FRONT_S, GRID, PERIOD_S, browser, layers_at, make_drive, served

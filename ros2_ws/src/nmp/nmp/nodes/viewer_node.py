@@ -27,8 +27,8 @@ from nmp.frame import CAMERAS, CLASSES
 from nmp.messages import stamp_ns, transform_of
 from nmp.nodes.conversions import from_city_grids, from_markers, from_occupancy_grids
 from nmp.nodes.qos import profile
-from nmp.view.drive import Mounting, Pose, encoded, mounting_of, notes_of
-from nmp.view.sink import Sink
+from nmp.view.drive import encoded, mounting_of, notes_of
+from nmp.view.sink import Mounting, Pose, Sink
 
 WAITING = 8
 """stamps of which some layer is missing, at most"""

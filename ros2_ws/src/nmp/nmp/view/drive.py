@@ -23,6 +23,7 @@ from nmp.layers import layer_files, read_layer
 from nmp.messages import content, frame_id, picture_of, stamp_ns, transform_of
 from nmp.metrics import IouMeter
 from nmp.view.find import Recording
+from nmp.view.sink import Mounting, Note, Pose
 
 JPEG_QUALITY = 85
 _OVERLAP_NS = 2_000_000_000
@@ -47,35 +48,6 @@ class Keyframe:
     """[4, 4]"""
     grid: BevGrid
     path: Path
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something that was said: a diagnosis, or how far a drive is."""
-
-    stamp_ns: int
-    level: int
-    """as of diagnostic_msgs/DiagnosticStatus: 0 fine, 1 a warning, 2 an error, 3 stale"""
-    text: str
-
-
-@dataclass(frozen=True)
-class Pose:
-    """Where the car believed to be."""
-
-    stamp_ns: int
-    map_from_base: Array
-    """[4, 4]"""
-
-
-@dataclass(frozen=True)
-class Mounting:
-    """A transform of ``/tf_static``."""
-
-    parent: str
-    child: str
-    parent_from_child: Array
-    """[4, 4]"""
 
 
 class RecordedDrive:

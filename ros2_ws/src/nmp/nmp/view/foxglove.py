@@ -22,9 +22,8 @@ from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import Array, flatten_to_plane, quaternion_of, transform_from_xyyaw
 from nmp.layers import occupancy
 from nmp.vectors.raster import Overview
-from nmp.view.drive import Mounting, Note, Pose
 from nmp.view.server import cannot_listen, in_address, warn_if_open
-from nmp.view.sink import Elements, Sink
+from nmp.view.sink import Elements, Mounting, Note, Pose, Sink
 
 try:
     import foxglove

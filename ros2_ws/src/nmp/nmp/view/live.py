@@ -18,9 +18,8 @@ from nmp.draw import coloured, opacity
 from nmp.frame import CAMERAS, LocalMap
 from nmp.geometry import Array, BevGrid, flatten_to_plane, inverse
 from nmp.vectors.raster import Overview
-from nmp.view.drive import Mounting, Note, Pose
 from nmp.view.pictures import CITY_PX, draw_line, faint_layers, layers_png, png_of, small_camera
-from nmp.view.sink import Elements, Sink
+from nmp.view.sink import Elements, Mounting, Note, Pose, Sink
 from nmp.view.site import Screen, clock, common, planar
 
 KEEP_S = 30.0

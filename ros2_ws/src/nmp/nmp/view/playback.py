@@ -13,8 +13,8 @@ from typing import NamedTuple
 from nmp.errors import NmpError
 from nmp.nodes.city import CitySoFar
 from nmp.vectors.tracker import ElementTracker
-from nmp.view.drive import Note, RecordedDrive
-from nmp.view.sink import Elements, Sink
+from nmp.view.drive import RecordedDrive
+from nmp.view.sink import Elements, Note, Sink
 
 TICK_S = 0.05
 """the time is told so often"""

@@ -13,7 +13,35 @@ from nmp.geometry import Array
 from nmp.vectorize import outline
 from nmp.vectors.raster import Overview
 from nmp.vectors.tracker import Tracked
-from nmp.view.drive import Mounting, Note, Pose
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that was said: a diagnosis, or how far a drive is."""
+
+    stamp_ns: int
+    level: int
+    """as of diagnostic_msgs/DiagnosticStatus: 0 fine, 1 a warning, 2 an error, 3 stale"""
+    text: str
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the car believed to be."""
+
+    stamp_ns: int
+    map_from_base: Array
+    """[4, 4]"""
+
+
+@dataclass(frozen=True)
+class Mounting:
+    """A transform of ``/tf_static``."""
+
+    parent: str
+    child: str
+    parent_from_child: Array
+    """[4, 4]"""
 
 
 @dataclass(frozen=True)
