@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import cv2
@@ -21,12 +22,14 @@ import pytest
 from PIL import Image
 
 from nmp import topics
+from nmp.bags.reader import STORE, BagMessage
 from nmp.cli import main
 from nmp.draw import CityCanvas, corners_of
 from nmp.errors import NmpError
 from nmp.evaluation import CityMaps
-from nmp.frame import CAMERAS, CLASSES
-from nmp.layers import LayerWriter
+from nmp.frame import CAMERAS, CLASSES, LocalMap
+from nmp.geometry import quaternion_of, transform_from_xyyaw
+from nmp.layers import LayerWriter, read_layers, to_occupancy
 from nmp.metrics import IouMeter
 from nmp.view.drive import RecordedDrive
 from nmp.view.find import find_recordings
@@ -182,6 +185,62 @@ def test_cameras_are_made_small() -> None:
     assert small_camera(small) == small
     with pytest.raises(NmpError, match="damaged"):
         small_camera(b"\xff\xd8 no picture")
+
+
+def test_a_bag_may_hold_its_layers_itself(drive: tuple[Path, Path], tmp_path: Path) -> None:
+    """As ``ros2 bag record -a`` leaves it: grids beside images, logged later than they are stamped."""
+    bag, layers = drive
+    messages = bag_messages(bag)
+    expected = list(read_layers(layers))
+    for local_map in expected:
+        for name, grid in occupancy_grids(local_map).items():
+            messages.append(BagMessage(f"/mapping_node/layers/{name}", local_map.stamp_ns + 300_000_000, grid))
+    whole = write_messages(tmp_path / "whole", sorted(messages, key=lambda m: m.stamp_ns))
+    [recording] = find_recordings([whole])
+    assert recording.name == "whole"
+    with RecordedDrive(recording) as found:
+        assert found.location == expected[0].location
+        assert [k.stamp_ns for k in found.keyframes] == [m.stamp_ns for m in expected]
+        for index, local_map in enumerate(expected):
+            shown = found.layers(index)
+            assert np.array_equal(to_occupancy(shown), to_occupancy(local_map))
+            assert np.allclose(shown.map_from_base, local_map.map_from_base, atol=1e-6)
+    # both are offered where there are both
+    shutil.copytree(whole, tmp_path / "both" / "whole")
+    shutil.copytree(layers, tmp_path / "both" / "again")
+    assert sorted(r.name for r in find_recordings([tmp_path / "both"])) == ["whole", "whole, again"]
+    some = [m for m in messages if not m.topic.endswith("crossing")]
+    with pytest.raises(NmpError, match="no layers were recorded of"):
+        find_recordings([write_messages(tmp_path / "some", sorted(some, key=lambda m: m.stamp_ns))])
+
+
+def occupancy_grids(local_map: LocalMap) -> dict[str, Any]:
+    """Return what a mapping node publishes, as messages of rosbags."""
+    kind = STORE.types
+    grid = local_map.grid
+    corner = local_map.map_from_base @ transform_from_xyyaw(-grid.length / 2, -grid.width / 2, 0.0)
+    stamp = kind["builtin_interfaces/msg/Time"](local_map.stamp_ns // 10**9, local_map.stamp_ns % 10**9)
+    place = kind["geometry_msgs/msg/Point"](corner[0, 3], corner[1, 3], 0.0)
+    pose = kind["geometry_msgs/msg/Pose"](place, kind["geometry_msgs/msg/Quaternion"](*quaternion_of(corner)))
+    info = kind["nav_msgs/msg/MapMetaData"](stamp, grid.resolution, grid.cols, grid.rows, pose)
+    header = kind["std_msgs/msg/Header"](stamp, "map")
+    cells = dict(zip(CLASSES, to_occupancy(local_map), strict=True))
+    return {name: kind["nav_msgs/msg/OccupancyGrid"](header, info, plane.reshape(-1)) for name, plane in cells.items()}
+
+
+def test_damaged_images_are_left_out(
+    drive: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag, layers = drive
+    messages = bag_messages(bag)
+    topic = topics.absolute(topics.image_topic("cam_back"))
+    spoilt = next(m for m in messages if m.topic == topic)
+    spoilt.message.data = spoilt.message.data[:100]
+    broken = write_messages(tmp_path / "broken", messages)
+    assert main(["view", str(broken), str(layers), "--out", str(tmp_path / "pages")]) == 0
+    assert "1 images were left out; the first: cam_back at" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "pages" / "broken.seen" / "cameras" / "cam_back").iterdir()}
+    assert written == {f"{i}.jpg" for i in range(1, FRAMES)}
 
 
 # ------------------------------------------------------------------------------------------------------ serving

@@ -24,10 +24,10 @@ from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
 from nmp.frame import CAMERAS, LocalMap  # noqa: E402
+from nmp.grids import from_city_grids  # noqa: E402
 from nmp.layers import to_occupancy  # noqa: E402
 from nmp.nodes.city import CitySoFar  # noqa: E402
 from nmp.nodes.conversions import (  # noqa: E402
-    from_city_grids,
     from_markers,
     to_city_grids,
     to_image,

@@ -24,8 +24,9 @@ from visualization_msgs.msg import MarkerArray
 from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, CLASSES
+from nmp.grids import from_city_grids, from_occupancy_grids
 from nmp.messages import stamp_ns, transform_of
-from nmp.nodes.conversions import from_city_grids, from_markers, from_occupancy_grids
+from nmp.nodes.conversions import from_markers
 from nmp.nodes.qos import profile
 from nmp.view.drive import encoded, mounting_of, notes_of
 from nmp.view.sink import Mounting, Pose, Sink

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmp import topics
-from nmp.bags.reader import BagReader
+from nmp.bags.reader import BagMessage, BagReader
 from nmp.errors import NmpError
 from nmp.evaluation import CityMaps, nan_as_null
 from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid
+from nmp.grids import from_occupancy_grids
 from nmp.layers import layer_files, read_layer
 from nmp.messages import content, frame_id, picture_of, stamp_ns, transform_of
 from nmp.metrics import IouMeter
-from nmp.view.find import Recording
+from nmp.view.find import Recording, layer_topics
 from nmp.view.sink import Mounting, Note, Pose
 
 JPEG_QUALITY = 85
@@ -47,7 +49,10 @@ class Keyframe:
     map_from_base: Array
     """[4, 4]"""
     grid: BevGrid
-    path: Path
+    path: Path | None
+    """None where they are in the bag"""
+    logged: Mapping[str, int]
+    """log times (ns) of the grids in the bag, by class"""
 
 
 class RecordedDrive:
@@ -72,13 +77,17 @@ class RecordedDrive:
         self._reader.__enter__()
         try:
             self._image_topics = self._cameras()
+            self._layer_topics = layer_topics(self._reader) if recording.layers == recording.bag else {}
+            self.keyframes: list[Keyframe] = []
+            self._location = ""  # that the bag names
             self._read_bag()
-            self.keyframes = [self._keyframe(path) for path in layer_files(recording.layers)]
+            if not self._layer_topics:
+                self.keyframes = [_keyframe(read_layer(path), path, {}) for path in layer_files(recording.layers)]
             self._check()
+            first = self._layers(0)
         except BaseException:
             self.close()
             raise
-        first = read_layer(self.keyframes[0].path)
         self.location, self.grid = first.location, first.grid
         if not self.poses:
             self.poses = [Pose(k.stamp_ns, k.map_from_base) for k in self.keyframes]
@@ -99,31 +108,47 @@ class RecordedDrive:
 
     def _read_bag(self) -> None:
         of_topic = {topic: camera for camera, topic in self._image_topics.items()}
-        odom, static = topics.absolute(topics.ODOM), topics.TF_STATIC
+        odom, located = topics.absolute(topics.ODOM), topics.absolute(topics.LOCATION)
+        layers = {topic: name for name, topic in self._layer_topics.items()}
+        moments: dict[int, dict[str, BagMessage]] = {}
         self.shots = {camera: [] for camera in self._image_topics}
-        wanted = {*of_topic, odom, static, topics.DIAGNOSTICS} & set(self._reader.topics)
+        wanted = {*of_topic, *layers, odom, located, topics.TF_STATIC, topics.DIAGNOSTICS} & set(self._reader.topics)
         for message in self._reader.messages(wanted):
             msg = message.message
             if message.topic in of_topic:
                 self.shots[of_topic[message.topic]].append(Shot(stamp_ns(msg), message.stamp_ns))
+            elif message.topic in layers:
+                moment = moments.setdefault(stamp_ns(msg), {})
+                moment[layers[message.topic]] = message
+                if len(moment) == len(layers):
+                    self._take_layers(moments.pop(stamp_ns(msg)))
             elif message.topic == odom:
                 pose = msg.pose.pose
                 self.poses.append(Pose(stamp_ns(msg), transform_of(pose.position, pose.orientation)))
-            elif message.topic == static:
+            elif message.topic == located:
+                self._location = str(msg.data)
+            elif message.topic == topics.TF_STATIC:
                 self.mountings += [mounting_of(t) for t in msg.transforms]
             else:
                 self.notes += notes_of(msg)
         for shots in self.shots.values():
             shots.sort(key=lambda s: s.stamp_ns)
         self.poses.sort(key=lambda p: p.stamp_ns)
+        self.keyframes.sort(key=lambda k: k.stamp_ns)
 
-    def _keyframe(self, path: Path) -> Keyframe:
-        local_map = read_layer(path)
-        return Keyframe(local_map.stamp_ns, local_map.map_from_base, local_map.grid, path)
+    def _take_layers(self, moment: Mapping[str, BagMessage]) -> None:
+        """Take in the grids of one moment."""
+        local_map = from_occupancy_grids({name: m.message for name, m in moment.items()}, "")
+        logged = {name: message.stamp_ns for name, message in moment.items()}
+        self.keyframes.append(_keyframe(local_map, None, logged))
 
     def _check(self) -> None:
         begin = min(shots[0].stamp_ns for shots in self.shots.values()) - _OVERLAP_NS
         end = max(shots[-1].stamp_ns for shots in self.shots.values()) + _OVERLAP_NS
+        if not self.keyframes:
+            raise NmpError(
+                f"bag {self.recording.bag} holds no moment with all layers: record all of {', '.join(CLASSES)}"
+            )
         if not any(begin <= k.stamp_ns <= end for k in self.keyframes):
             raise NmpError(
                 f"the layers in {self.recording.layers} are not of the time of bag {self.recording.bag}: give the "
@@ -149,14 +174,23 @@ class RecordedDrive:
         return encoded(camera, next(m.message for m in found if stamp_ns(m.message) == stamp))
 
     def _layers(self, index: int) -> LocalMap:
-        return read_layer(self.keyframes[index].path)
+        frame = self.keyframes[index]
+        if frame.path is not None:
+            return read_layer(frame.path)
+        grids = {}
+        with self._lock:
+            for name, log_ns in frame.logged.items():
+                found = self._reader.messages_at(self._layer_topics[name], log_ns)
+                grids[name] = next(m.message for m in found if stamp_ns(m.message) == frame.stamp_ns)
+        return from_occupancy_grids(grids, self._location)
 
     def truth(self, index: int) -> NDArray[np.uint8] | None:
         """Return the true layers [3, rows, cols] at the pose of a keyframe, None where no true map is known."""
         if self._maps is None:
             return None
+        local_map = self.layers(index)
         with self._lock:
-            return self._maps.truth_of(self.layers(index))
+            return self._maps.truth_of(local_map)
 
     @cached_property
     def scores(self) -> list[list[float | None]] | None:
@@ -186,6 +220,10 @@ class RecordedDrive:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _keyframe(local_map: LocalMap, path: Path | None, logged: Mapping[str, int]) -> Keyframe:
+    return Keyframe(local_map.stamp_ns, local_map.map_from_base, local_map.grid, path, logged)
 
 
 def encoded(camera: str, msg: Any) -> bytes:

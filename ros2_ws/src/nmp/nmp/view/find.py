@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmp import topics
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
+from nmp.frame import CLASSES
 
 STORAGE = (".mcap", ".db3")
+_GRID = "nav_msgs/msg/OccupancyGrid"
 _INSIDE = ("*", "*/*")
 """how deep folders are searched: ``out/demo`` holds ``bags/scene-0001`` and ``layers/first_pass``"""
 
@@ -21,11 +24,12 @@ class Recording:
 
     bag: Path
     layers: Path
+    """a folder, or the bag itself where the layers were recorded along with the rest"""
 
     @property
     def name(self) -> str:
         """What people call it: the bag, then the layers where they have another name."""
-        layers = self.layers.resolve().name
+        layers = self.layers.resolve().stem
         return self.bag.stem if layers == self.bag.stem else f"{self.bag.stem}, {layers.replace('_', ' ')}"
 
     @property
@@ -38,8 +42,9 @@ class Recording:
 def find_recordings(places: Sequence[Path]) -> list[Recording]:
     """Return the recordings in bags, folders of layers, and folders that hold such; the one to show comes first.
 
-    One bag and one folder of layers belong together as they are. Of more, those belong together whose times overlap.
-    Raises :class:`NmpError` for a place that holds neither, and when nothing goes together.
+    A bag may hold its layers itself. One bag and one folder of layers belong together as they are. Of more, those
+    belong together whose times overlap. Raises :class:`NmpError` for a place that holds neither, and when nothing goes
+    together.
     """
     bags: list[Path] = []
     layers: list[Path] = []
@@ -58,14 +63,37 @@ def find_recordings(places: Sequence[Path]) -> list[Recording]:
         layers += [p for p in found_layers if p not in layers]
     if not bags:
         raise NmpError(f"{layers[0]} holds layers only: give the bag, too, that they were made of")
-    if not layers:
+    own = [Recording(bag, bag) for bag in bags if _holds_layers(bag)]
+    if not layers and not own:
         raise NmpError(
             f"no layers were recorded of {bags[0]}: make them (nmp map {bags[0]} --prior CITY --out LAYERS) and give "
             "their folder, too"
         )
     if len(bags) == len(layers) == 1:
-        return [Recording(bags[0], layers[0])]
-    return _first_what_was_driven_last(_by_time(bags, layers), places)
+        return [Recording(bags[0], layers[0]), *own]
+    found = [*own, *_by_time(bags, layers)]
+    if not found:
+        raise NmpError("no layers are of the time of any bag: give a bag and the layers that were made of it")
+    return _first_what_was_driven_last(found, places)
+
+
+def layer_topics(reader: BagReader) -> dict[str, str]:
+    """Return the topics of a mapping node's layers in a bag, by class; nothing where not all of them were recorded.
+
+    Of several nodes the first by name.
+    """
+    grids = {name for name, topic in reader.topics.items() if topic.count and topic.msgtype == _GRID}
+    ending = topics.layer_topic(CLASSES[0]).removeprefix("~")
+    for node in sorted(name.removesuffix(ending) for name in grids if name.endswith(ending)):
+        of_node = {name: topics.layer_topic(name).replace("~", node) for name in CLASSES}
+        if grids.issuperset(of_node.values()):
+            return of_node
+    return {}
+
+
+def _holds_layers(bag: Path) -> bool:
+    with BagReader(bag) as reader:
+        return bool(layer_topics(reader))
 
 
 def _is_bag(path: Path) -> bool:
@@ -85,8 +113,6 @@ def _by_time(bags: Iterable[Path], layers: Iterable[Path]) -> list[Recording]:
         with BagReader(bag) as reader:
             begin, end = reader.start_ns, reader.end_ns
         out += [Recording(bag, f) for f, times in stamps.items() if any(begin <= t <= end for t in times)]
-    if not out:
-        raise NmpError("no layers are of the time of any bag: give a bag and the layers that were made of it")
     return out
 
 

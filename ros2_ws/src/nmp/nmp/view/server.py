@@ -71,6 +71,11 @@ class PageServer(ThreadingHTTPServer):
             wrong = error if isinstance(error, OSError) else OSError(errno.EINVAL, "no such port")
             raise cannot_listen(host, port, wrong) from error
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing when a browser hangs up in the middle; anything else is a mistake of ours and is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
     @property
     def url(self) -> str:
         """The address to open."""
