@@ -31,6 +31,7 @@ from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import quaternion_of, transform_from_xyyaw
 from nmp.layers import LayerWriter, read_layers, to_occupancy
 from nmp.metrics import IouMeter
+from nmp.page import page_with
 from nmp.view.drive import RecordedDrive
 from nmp.view.find import find_recordings
 from nmp.view.live import KEEP_S, LiveScreen
@@ -110,6 +111,9 @@ def test_bags_that_cannot_be_shown(
     later = tmp_path / "later"
     LayerWriter(later).write(replace(layers_at(0), stamp_ns=layers_at(0).stamp_ns + 60 * 10**9))
     assert "are not of the time of bag" in error_of(capsys, bag, later)
+    nowhere = tmp_path / "nowhere"
+    LayerWriter(nowhere).write(replace(layers_at(0), map_from_base=np.full((4, 4), np.nan)))
+    assert "the pose is not finite" in error_of(capsys, bag, nowhere)
     broken = tmp_path / "broken"
     shutil.copytree(layers, broken)
     first = min(broken.iterdir())
@@ -124,6 +128,16 @@ def test_a_bag_without_odometry_or_with_few_cameras_is_shown(drive: tuple[Path, 
     with RecordedDrive(find_recordings([some, layers])[0]) as found:
         assert set(found.shots) == set(CAMERAS) - {"cam_back"}
         assert [p.stamp_ns for p in found.poses] == [k.stamp_ns for k in found.keyframes]
+
+
+def test_poses_that_are_not_finite_are_told_and_left_out(drive: tuple[Path, Path], tmp_path: Path) -> None:
+    bag, layers = drive
+    messages = bag_messages(bag)
+    odom = [m for m in messages if m.topic == topics.absolute(topics.ODOM)]
+    odom[3].message.pose.pose.position.x = float("nan")
+    with RecordedDrive(find_recordings([write_messages(tmp_path / "lost", messages), layers])[0]) as found:
+        assert len(found.poses) == len(odom) - 1
+        assert [(n.level, n.text.split(" (")[0]) for n in found.notes] == [(1, "pose is not finite")]
 
 
 # ------------------------------------------------------------------------------------------------------ opening
@@ -183,6 +197,9 @@ def test_cameras_are_made_small() -> None:
     assert image.size == (CAMERA_WIDTH, 450)
     small = jpeg(3, 320, 180)
     assert small_camera(small) == small
+    png = io.BytesIO()
+    Image.new("RGB", (320, 180), (200, 30, 30)).save(png, "PNG")
+    assert Image.open(io.BytesIO(small_camera(png.getvalue()))).format == "JPEG"
     with pytest.raises(NmpError, match="damaged"):
         small_camera(b"\xff\xd8 no picture")
 
@@ -254,6 +271,13 @@ def ask(url: str, path: str, host: str | None = None) -> tuple[int, str, bytes]:
     body = answer.read()
     connection.close()
     return answer.status, answer.headers.get("Content-Type", answer.headers.get("Location", "")), body
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    name = "</script><!--<script>alert(1)"
+    page = page_with("nmp.view", {"name": name})
+    content = page.split('type="application/json">', 1)[1].split("</script>", 1)[0]
+    assert json.loads(content) == {"name": name} and "<" not in content
 
 
 def test_addresses(drive: tuple[Path, Path]) -> None:

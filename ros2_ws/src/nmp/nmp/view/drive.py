@@ -24,6 +24,7 @@ from nmp.grids import from_occupancy_grids
 from nmp.layers import layer_files, read_layer
 from nmp.messages import content, frame_id, picture_of, stamp_ns, transform_of
 from nmp.metrics import IouMeter
+from nmp.vectors.raster import FARTHEST_M
 from nmp.view.find import Recording, layer_topics
 from nmp.view.sink import Mounting, Note, Pose
 
@@ -123,8 +124,7 @@ class RecordedDrive:
                 if len(moment) == len(layers):
                     self._take_layers(moments.pop(stamp_ns(msg)))
             elif message.topic == odom:
-                pose = msg.pose.pose
-                self.poses.append(Pose(stamp_ns(msg), transform_of(pose.position, pose.orientation)))
+                self._take_pose(msg)
             elif message.topic == located:
                 self._location = str(msg.data)
             elif message.topic == topics.TF_STATIC:
@@ -135,6 +135,14 @@ class RecordedDrive:
             shots.sort(key=lambda s: s.stamp_ns)
         self.poses.sort(key=lambda p: p.stamp_ns)
         self.keyframes.sort(key=lambda k: k.stamp_ns)
+        self.notes.sort(key=lambda n: n.stamp_ns)
+
+    def _take_pose(self, msg: Any) -> None:
+        pose = msg.pose.pose
+        try:
+            self.poses.append(Pose(stamp_ns(msg), transform_of(pose.position, pose.orientation)))
+        except NmpError as error:  # one that is not finite; the others can be shown
+            self.notes.append(Note(stamp_ns(msg), 1, str(error)))
 
     def _take_layers(self, moment: Mapping[str, BagMessage]) -> None:
         """Take in the grids of one moment."""
@@ -223,6 +231,10 @@ class RecordedDrive:
 
 
 def _keyframe(local_map: LocalMap, path: Path | None, logged: Mapping[str, int]) -> Keyframe:
+    pose = local_map.map_from_base
+    if pose.shape != (4, 4) or not np.isfinite(pose).all() or np.abs(pose[:2, 3]).max() > FARTHEST_M:
+        where = f"layers of {local_map.stamp_ns}" + (f" in {path}" if path else "")
+        raise NmpError(f"{where}: the pose is not finite, or further than {FARTHEST_M / 1e3:.0f} km away: map again")
     return Keyframe(local_map.stamp_ns, local_map.map_from_base, local_map.grid, path, logged)
 
 

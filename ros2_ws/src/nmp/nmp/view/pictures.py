@@ -40,17 +40,18 @@ class Piece:
 
 
 def small_camera(image: bytes) -> bytes:
-    """Return an encoded image no wider than ``CAMERA_WIDTH``; a JPEG that is small enough is returned as it is."""
+    """Return an encoded image as a JPEG no wider than ``CAMERA_WIDTH``; one that is that already as it is."""
     pixels = np.frombuffer(image, np.uint8)
     picture = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
     if picture is None:
         raise NmpError(f"{len(image)} bytes of an image are damaged: check the camera driver")
     height, width = picture.shape[:2]
-    if width <= CAMERA_WIDTH:
+    if width <= CAMERA_WIDTH and image.startswith(b"\xff\xd8"):
         return image
-    size = (CAMERA_WIDTH, round(height * CAMERA_WIDTH / width))
-    reduced = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    return bytes(cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+    if width > CAMERA_WIDTH:
+        size = (CAMERA_WIDTH, round(height * CAMERA_WIDTH / width))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
 
 
 def png_of(picture: Picture) -> bytes:
