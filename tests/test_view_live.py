@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from tests.ros_fixtures import Ros, ros, until
+from tests.ros_fixtures import Ros, node_process, ros, until
 
 pytest.importorskip("tf2_msgs")
 
@@ -195,6 +197,18 @@ def test_a_page_is_filled_from_topics(world: Ros) -> None:
     content = screen.content()
     assert content["location"] == LOCATION and len(content["layers"]) == 3 and content["city"]
     city.close()
+
+
+def test_the_command_waits_for_a_node_and_ends_quietly() -> None:
+    process = node_process("nmp.cli", "view", "--live", "--port", "0")
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[1]
+    with urlopen(address, timeout=10) as answer:
+        page = answer.read().decode()
+    assert answer.url == f"{address}live/" and "waiting for the layers of mapping_node" in page
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_markers_and_city_survive_the_way_there_and_back() -> None:
