@@ -148,11 +148,14 @@ def _paint(base: NDArray[np.float32], layers: NDArray[np.float32], strength: flo
 
 def _blend(base: NDArray[np.float32], opacities: NDArray[np.float32]) -> Picture:
     """Lay the class colours over a picture [H, W, 3], each as opaque (0..1) as its plane of [3, H, W] says."""
-    out = base
+    out = np.rint(base).astype(np.uint8)
+    somewhere = opacities.any(axis=0)  # most of a map is empty
+    mixed = base[somewhere]
     for name, plane in zip(CLASSES, opacities, strict=True):
-        alpha = plane[..., None]
-        out = out * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
-    return np.rint(out).astype(np.uint8)
+        alpha = plane[somewhere][:, None]
+        mixed = mixed * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
+    out[somewhere] = np.rint(mixed).astype(np.uint8)
+    return out
 
 
 def save_png(path: Path, picture: Picture) -> None:
@@ -392,9 +395,8 @@ class CityCanvas:
 
     def picture(self, box: Box | None = None) -> Picture:
         """Draw the map, or a part of it, as it is by now."""
-        sums = self._sums[box or self.whole]
-        count = sums[..., -1]
-        total = np.moveaxis(sums[..., :-1], -1, 0)
+        sums = np.ascontiguousarray(np.moveaxis(self._sums[box or self.whole], -1, 0))
+        count, total = sums[-1], sums[:-1]
         mean = np.where(count > 0.05, total / np.maximum(count, 1e-6), np.float32(0.0))
         return _paint(_ground(np.clip(count, 0.0, 1.0)), mean)
 
