@@ -84,6 +84,14 @@ def test_layers_go_to_the_bag_of_their_time(drive: tuple[Path, Path], tmp_path: 
     assert find_recordings([out / "bags" / "scene-1" / f"{bag.name}.mcap", layers])[0].layers == layers
 
 
+def test_drives_of_one_name_are_told_apart(drive: tuple[Path, Path], tmp_path: Path) -> None:
+    for day in ("monday", "tuesday"):
+        shutil.copytree(drive[0], tmp_path / day / "drive")
+    shutil.copytree(drive[1], tmp_path / "seen")
+    found = find_recordings([tmp_path])
+    assert [(r.name, r.slug) for r in found] == [("drive, seen", "drive.seen"), ("drive, seen (2)", "drive.seen.2")]
+
+
 def test_what_is_missing_is_named(drive: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag, layers = drive
     assert "nothing to look at" in error_of(capsys)
@@ -283,7 +291,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 def test_addresses(drive: tuple[Path, Path]) -> None:
     screen = RecordedScreen(find_recordings(drive)[0])
     with served(PageServer(Site([screen]))) as url:
-        assert ask(url, "/")[:2] == (302, "/drive.seen/")
+        assert ask(url, "/")[:2] == ask(url, "/drive.seen")[:2] == (302, "/drive.seen/")
         status, kind, page = ask(url, "/drive.seen/")
         assert (status, kind) == (200, "text/html; charset=utf-8") and b"__CONTENT__" not in page
         for outside in (b"http://", b"https://", b"//cdn"):  # all that it needs is in it

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nmp import topics
@@ -25,18 +26,21 @@ class Recording:
     bag: Path
     layers: Path
     """a folder, or the bag itself where the layers were recorded along with the rest"""
+    number: int = 1
+    """counts those that would have the same name otherwise"""
 
     @property
     def name(self) -> str:
         """What people call it: the bag, then the layers where they have another name."""
         layers = self.layers.resolve().stem
-        return self.bag.stem if layers == self.bag.stem else f"{self.bag.stem}, {layers.replace('_', ' ')}"
+        name = self.bag.stem if layers == self.bag.stem else f"{self.bag.stem}, {layers.replace('_', ' ')}"
+        return name if self.number == 1 else f"{name} ({self.number})"
 
     @property
     def slug(self) -> str:
         """A name of its own for addresses and folders."""
-        text = f"{self.bag.stem}.{self.layers.resolve().name}"
-        return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+        text = f"{self.bag.stem}.{self.layers.resolve().stem}" + (f".{self.number}" if self.number > 1 else "")
+        return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
 
 
 def find_recordings(places: Sequence[Path]) -> list[Recording]:
@@ -70,11 +74,20 @@ def find_recordings(places: Sequence[Path]) -> list[Recording]:
             "their folder, too"
         )
     if len(bags) == len(layers) == 1:
-        return [Recording(bags[0], layers[0]), *own]
+        return _named_apart([Recording(bags[0], layers[0]), *own])
     found = [*own, *_by_time(bags, layers)]
     if not found:
         raise NmpError("no layers are of the time of any bag: give a bag and the layers that were made of it")
-    return _first_what_was_driven_last(found, places)
+    return _named_apart(_first_what_was_driven_last(found, places))
+
+
+def _named_apart(recordings: Iterable[Recording]) -> list[Recording]:
+    counts: Counter[str] = Counter()
+    out = []
+    for recording in recordings:
+        counts[recording.slug] += 1
+        out.append(replace(recording, number=counts[recording.slug]))
+    return out
 
 
 def layer_topics(reader: BagReader) -> dict[str, str]:

@@ -95,9 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.FORBIDDEN, b"this server answers to its own address only", "text/plain")
             return
         path = unquote(urlsplit(self.path).path)
-        if path == "/":
+        if (instead := self._site.moved(path)) is not None:
             self.send_response(HTTPStatus.FOUND)
-            self.send_header("Location", f"/{self._site.links[0].slug}/")
+            self.send_header("Location", instead)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return

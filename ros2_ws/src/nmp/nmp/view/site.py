@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html import escape
 from typing import Any
 
 from nmp.draw import CAR_LENGTH, CAR_WIDTH, CLASS_COLOURS, REAR_OVERHANG
@@ -186,6 +187,12 @@ class Site:
     def __init__(self, screens: Sequence[Screen]) -> None:
         self.screens = {screen.slug: screen for screen in screens}
 
+    def moved(self, path: str) -> str | None:
+        """Return the path to go to instead: pictures are named relative to a page, which is a folder."""
+        if path == "/":
+            return f"/{self.links[0].slug}/"
+        return f"{path}/" if path.removeprefix("/") in self.screens else None
+
     @property
     def links(self) -> list[Link]:
         """All screens, the one to show first in front."""
@@ -213,6 +220,4 @@ class Site:
 
 def problem(error: NmpError) -> str:
     """Return a page that says what is wrong."""
-    from html import escape
-
     return f"<!doctype html><meta charset=utf-8><title>nmp view</title><p>{escape(str(error))}</p>"
