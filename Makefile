@@ -70,7 +70,7 @@ $(VENV_STAMP): pyproject.toml $(LOCK) scripts/fix_wheel_cmake_paths.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c $(LOCK) setuptools wheel
 	$(if $(TORCH_INDEX),$(PIP) install -q -c $(LOCK) --index-url $(TORCH_INDEX) torch)
-	$(PIP) install -q -c $(LOCK) --no-build-isolation -e '.[ros,train,lanelet2,fleet,dev]'
+	$(PIP) install -q -c $(LOCK) --no-build-isolation -e '.[ros,train,lanelet2,fleet,view,dev]'
 	$(PY) scripts/fix_wheel_cmake_paths.py
 	$(PIP) check
 	@touch $@

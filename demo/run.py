@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -55,6 +56,11 @@ def _machine() -> dict[str, Any]:
         "torch": metadata.version("torch"),
         "system": platform.platform(),
     }
+
+
+def _here(path: Path) -> str:
+    """Return a path as it is typed in the current folder."""
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def prepare(out: Path) -> None:
@@ -135,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
         )
     print(f"{steps.total:.0f} s, at most {metrics['peak_memory_mb'] / 1e3:.1f} GB of memory")
     print(f"\nOpen {args.out / 'report.html'}")
+    print(f"Watch the drives in a browser: {_here(Path(sys.executable).parent / 'nmp')} view {_here(args.out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

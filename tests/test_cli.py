@@ -12,7 +12,7 @@ import nmp
 from nmp import cli
 from nmp.errors import NmpError
 
-COMMANDS = ("bag", "map", "eval", "vectors", "prior", "truth")
+COMMANDS = ("bag", "map", "eval", "vectors", "view", "prior", "truth")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from bag_fixtures import LOCATION, make_nuscenes
 
+from nmp.view.find import find_recordings
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,6 +44,9 @@ def test_every_keyframe_of_a_folder_is_mapped_and_shown(tmp_path: Path) -> None:
     assert drive["keyframes"] == drive["frames_answered"] == drive["recorded"] == 3
     assert metrics["prior_bytes"] > 0
     assert "<img" in (out / "report.html").read_text() and (out / "film_strip.png").stat().st_size > 0
+    # what it says at its end works
+    assert done.stdout.rstrip().endswith(f"nmp view {out}")
+    assert [r.name for r in find_recordings([out])] == ["scene-0001"]
     assert list((out / "prior" / LOCATION).rglob("c/*/*/*"))
 
 

@@ -35,9 +35,10 @@ from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
 from nmp.gate import CAUSES, JUMPS, PoseGate  # noqa: E402
 from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
+from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
-from nmp.nodes.conversions import from_occupancy_grids, to_ns, to_occupancy_grids  # noqa: E402
+from nmp.nodes.conversions import to_ns, to_occupancy_grids  # noqa: E402
 from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
 from nmp.nodes.mapping_node import QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402

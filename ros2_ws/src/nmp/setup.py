@@ -16,6 +16,8 @@ setup(
             "config/*.yaml",
             "config/*.xml",
             "prior/*.html",
+            "view/*.html",
+            "view/*.json",
         ]
     },
     data_files=[

@@ -30,6 +30,7 @@ COMMANDS = {
     "map": Command("map a recorded drive, as fast as it goes, without DDS", "nmp.replay"),
     "eval": Command("score layers against the map expansion (IoU)", "nmp.evaluation"),
     "vectors": Command("make one vector map of a city from layers", "nmp.vectors.command"),
+    "view": Command("look at a drive in a browser", "nmp.view.command"),
     "prior": Command("look after a stored city: log, merge, roll back, compact, verify, draw", "nmp.prior.commands"),
     "truth": Command("draw ground-truth layers at any poses", "nmp.evaluation", "add_truth_arguments", "run_truth"),
 }

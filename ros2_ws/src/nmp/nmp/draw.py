@@ -148,11 +148,14 @@ def _paint(base: NDArray[np.float32], layers: NDArray[np.float32], strength: flo
 
 def _blend(base: NDArray[np.float32], opacities: NDArray[np.float32]) -> Picture:
     """Lay the class colours over a picture [H, W, 3], each as opaque (0..1) as its plane of [3, H, W] says."""
-    out = base
+    out = np.rint(base).astype(np.uint8)
+    somewhere = opacities.any(axis=0)  # most of a map is empty
+    mixed = base[somewhere]
     for name, plane in zip(CLASSES, opacities, strict=True):
-        alpha = plane[..., None]
-        out = out * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
-    return np.rint(out).astype(np.uint8)
+        alpha = plane[somewhere][:, None]
+        mixed = mixed * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
+    out[somewhere] = np.rint(mixed).astype(np.uint8)
+    return out
 
 
 def save_png(path: Path, picture: Picture) -> None:
@@ -361,6 +364,54 @@ def film_sheet(strips: Sequence[Picture], title: str, captions: Sequence[str] = 
 # --------------------------------------------------------------------------------------------------- city map
 
 
+Box = tuple[slice, slice]
+"""rows and columns of a picture"""
+
+
+class CityCanvas:
+    """A map that a drive builds up frame by frame: the mean of its local maps, north up."""
+
+    def __init__(self, corners: Array, resolution: float, longest_side: int, margin: float = 5.0) -> None:
+        """Take in nothing yet.
+
+        :param corners: [N, 2] of all local maps that will be added (map frame, m), as of :func:`corners_of`
+        :param resolution: finest edge of a pixel, m; coarser where a side would exceed ``longest_side`` pixels
+        :param margin: empty rim, m
+        """
+        self.low, self.high = corners.min(axis=0) - margin, corners.max(axis=0) + margin
+        self.resolution = max(resolution, float((self.high - self.low).max()) / longest_side)
+        width, height = (int(v) for v in np.ceil((self.high - self.low) / self.resolution))
+        # probabilities, then the number of votes
+        self._sums = np.zeros((height, width, len(CLASSES) + 1), np.float32)
+
+    @property
+    def whole(self) -> Box:
+        """All of it."""
+        return slice(0, self._sums.shape[0]), slice(0, self._sums.shape[1])
+
+    def add(self, local_map: LocalMap) -> Box:
+        """Add a local map, and return where the picture changed."""
+        return _vote(self._sums, local_map, float(self.low[0]), float(self.high[1]), self.resolution)
+
+    def picture(self, box: Box | None = None) -> Picture:
+        """Draw the map, or a part of it, as it is by now."""
+        sums = np.ascontiguousarray(np.moveaxis(self._sums[box or self.whole], -1, 0))
+        count, total = sums[-1], sums[:-1]
+        mean = np.where(count > 0.05, total / np.maximum(count, 1e-6), np.float32(0.0))
+        return _paint(_ground(np.clip(count, 0.0, 1.0)), mean)
+
+    def edges(self, box: Box) -> tuple[float, float, float, float]:
+        """Return west, south, east and north of a part (map frame, m)."""
+        rows, cols = box
+        west, north = float(self.low[0]), float(self.high[1])
+        return (
+            west + cols.start * self.resolution,
+            north - rows.stop * self.resolution,
+            west + cols.stop * self.resolution,
+            north - rows.start * self.resolution,
+        )
+
+
 def city_picture(
     layer_maps: Iterable[LocalMap],
     title: str = "",
@@ -378,23 +429,15 @@ def city_picture(
     if not maps:
         raise NmpError("no layers to draw a city map of: map a drive first")
     way = np.array([m.map_from_base[:2, 3] for m in maps])
-    corners = np.concatenate([_corners(m) for m in maps])
-    low, high = corners.min(axis=0) - margin, corners.max(axis=0) + margin
-    resolution = max(resolution, float((high - low).max()) / longest_side)
-    width, height = (int(v) for v in np.ceil((high - low) / resolution))
-
-    sums = np.zeros((height, width, len(CLASSES) + 1), np.float32)  # probabilities, then the number of votes
+    canvas = CityCanvas(
+        np.concatenate([corners_of(m.map_from_base, m.grid) for m in maps]), resolution, longest_side, margin
+    )
     for m in maps:
-        _vote(sums, m, float(low[0]), float(high[1]), resolution)
-    count = sums[..., -1]
-    total = np.moveaxis(sums[..., :-1], -1, 0)
-    mean = np.where(count > 0.05, total / np.maximum(count, 1e-6), np.float32(0.0))
-    out = _paint(_ground(np.clip(count, 0.0, 1.0)), mean)
-
-    scale = max(out.shape[:2])
-    points = np.stack([(way[:, 0] - low[0]), (high[1] - way[:, 1])], axis=1) / resolution
-    _draw_way(out, points, max(1, round(scale / 900)))
-    return _framed_map(out, title, resolution, f"{len(maps)} keyframes")
+        canvas.add(m)
+    out = canvas.picture()
+    points = np.stack([(way[:, 0] - canvas.low[0]), (canvas.high[1] - way[:, 1])], axis=1) / canvas.resolution
+    _draw_way(out, points, max(1, round(max(out.shape[:2]) / 900)))
+    return _framed_map(out, title, canvas.resolution, f"{len(maps)} keyframes")
 
 
 def vector_picture(
@@ -433,24 +476,27 @@ def vector_picture(
     return _framed_map(out, title, resolution, "")
 
 
-def _corners(m: LocalMap) -> Array:
-    """Return the corners of a local map in the map frame, [4, 2] m."""
-    pose = flatten_to_plane(m.map_from_base)
-    half = np.array([m.grid.length, m.grid.width]) / 2
+def corners_of(map_from_base: Array, grid: BevGrid) -> Array:
+    """Return the corners of a local map at a pose [4, 4] in the map frame, [4, 2] m."""
+    pose = flatten_to_plane(map_from_base)
+    half = np.array([grid.length, grid.width]) / 2
     signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     out: Array = (signs * half) @ pose[:2, :2].T + pose[:2, 3]
     return out
 
 
-def _vote(sums: NDArray[np.float32], m: LocalMap, west: float, north: float, resolution: float) -> None:
-    """Add a local map to ``sums`` [height, width, classes + 1], whose upper left corner is at west, north (m)."""
+def _vote(sums: NDArray[np.float32], m: LocalMap, west: float, north: float, resolution: float) -> Box:
+    """Add a local map to ``sums`` [height, width, classes + 1], whose upper left corner is at west, north (m).
+
+    Returns where it lies.
+    """
     known = (m.evidence > 0).astype(np.float32)
     votes = np.dstack([*(m.probabilities * known), known]).astype(np.float32)
     shrink = resolution / m.grid.resolution
     if shrink > 1:  # thin lines would flicker away between the pixels
         votes = np.asarray(cv2.GaussianBlur(votes, (0, 0), 0.4 * shrink), np.float32)
     # only the part of the picture in which the local map lies
-    corners = _corners(m)
+    corners = corners_of(m.map_from_base, m.grid)
     left, top = (
         int(v) - 1 for v in ((corners[:, 0].min() - west) / resolution, (north - corners[:, 1].max()) / resolution)
     )
@@ -465,6 +511,7 @@ def _vote(sums: NDArray[np.float32], m: LocalMap, west: float, north: float, res
     to_pixel = np.array([[1, 0, -west - (left + 0.5) * resolution], [0, -1, north - (top + 0.5) * resolution]])
     warp = to_pixel / resolution @ to_map @ ego
     sums[top:bottom, left:right] += cv2.warpAffine(votes, warp, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
+    return slice(top, bottom), slice(left, right)
 
 
 def _draw_way(picture: Picture, points: Array, thickness: int) -> None:

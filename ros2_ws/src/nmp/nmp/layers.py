@@ -61,23 +61,32 @@ class LayerWriter:
             ) from error
 
 
-def read_layers(folder: Path) -> Iterator[LocalMap]:
-    """Yield the layers of a folder in time order; unknown cells come back as probability 0, evidence 0."""
+def layer_files(folder: Path) -> list[Path]:
+    """Return the layer files of a folder in time order; :class:`NmpError` when there are none."""
     paths = sorted(Path(folder).glob("*.npz"), key=lambda p: int(p.stem) if p.stem.isdigit() else -1)
     if not paths:
         raise NmpError(f"no layers in {folder}: give the folder that 'nmp map --out' or the recorder wrote")
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                occupancy = data["occupancy"]
-                length, width, resolution = (float(v) for v in data["grid"])
-                yield LocalMap(
-                    stamp_ns=int(data["stamp_ns"]),
-                    location=str(data["location"]),
-                    map_from_base=data["map_from_base"],
-                    grid=BevGrid(length, width, resolution),
-                    probabilities=np.maximum(occupancy, 0).astype(np.float32) / 100.0,
-                    evidence=(occupancy[0] >= 0).astype(np.float32),
-                )
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise NmpError(f"{path} is not a layer file ({error}): write the layers again") from error
+    return paths
+
+
+def read_layers(folder: Path) -> Iterator[LocalMap]:
+    """Yield the layers of a folder in time order; unknown cells come back as probability 0, evidence 0."""
+    return (read_layer(path) for path in layer_files(folder))
+
+
+def read_layer(path: Path) -> LocalMap:
+    """Return the layers of one file; :class:`NmpError` when it is none, or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            occupancy = data["occupancy"]
+            length, width, resolution = (float(v) for v in data["grid"])
+            return LocalMap(
+                stamp_ns=int(data["stamp_ns"]),
+                location=str(data["location"]),
+                map_from_base=data["map_from_base"],
+                grid=BevGrid(length, width, resolution),
+                probabilities=np.maximum(occupancy, 0).astype(np.float32) / 100.0,
+                evidence=(occupancy[0] >= 0).astype(np.float32),
+            )
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise NmpError(f"{path} is not a layer file ({error}): write the layers again") from error

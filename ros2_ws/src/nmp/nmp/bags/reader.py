@@ -131,6 +131,15 @@ class BagReader:
                 raise self._damaged(exc) from exc
             yield BagMessage(topic, stamp_ns, message)
 
+    def messages_at(self, topic: str, stamp_ns: int) -> list[BagMessage]:
+        """Return the decoded messages of a topic with exactly this log time (ns), found through the bag's index."""
+        wanted = [c for c in self._reader.connections if c.topic == topic]
+        try:
+            found = [(c, data) for c, _, data in self._reader.messages(wanted, start=stamp_ns, stop=stamp_ns + 1)]
+            return [BagMessage(topic, stamp_ns, STORE.deserialize_cdr(data, c.msgtype)) for c, data in found]
+        except Exception as exc:  # as in __enter__
+            raise self._damaged(exc) from exc
+
     def _damaged(self, exc: Exception) -> NmpError:
         reason = " ".join(str(exc).split()) or type(exc).__name__
         if isinstance(exc, PermissionError):

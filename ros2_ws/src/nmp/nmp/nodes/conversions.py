@@ -1,4 +1,4 @@
-"""Between this package's types and ROS messages."""
+"""Between this package's types and ROS messages. Grids are read in :mod:`nmp.grids`, which needs no ROS."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sensor_msgs.msg import Image
 from visualization_msgs.msg import Marker, MarkerArray
 
 from nmp import topics
-from nmp.errors import NmpError
 from nmp.frame import CLASSES, LocalMap
-from nmp.geometry import Array, BevGrid, flatten_to_plane, transform_from_xyyaw, yaw_of
+from nmp.geometry import Array, flatten_to_plane, transform_from_xyyaw, yaw_of
 from nmp.layers import occupancy, to_occupancy
 from nmp.vectorize import outline
 from nmp.vectors.elements import MapElement
 from nmp.vectors.raster import Overview
 from nmp.vectors.tracker import Tracked
+from nmp.view.sink import Elements, Line
 
 try:
-    from tf_transformations import euler_from_quaternion, quaternion_from_euler  # type: ignore[import-not-found]
+    from tf_transformations import quaternion_from_euler  # type: ignore[import-not-found]
 except ImportError:
-    from nmp.nodes.tf_compat import euler_from_quaternion, quaternion_from_euler
+    from nmp.nodes.tf_compat import quaternion_from_euler
 
 LINE_WIDTH_M = 0.2
 """of a marker"""
@@ -79,38 +79,19 @@ def _grids(layers: NDArray[np.int8], stamp_ns: int, resolution: float, corner: A
     return out
 
 
-def from_occupancy_grids(grids: dict[str, OccupancyGrid], location: str) -> LocalMap:
-    """Return the local map of one grid per class, with the planar part (x, y, yaw) of the pose.
-
-    Unknown cells get probability 0 and evidence 0, all others evidence 1. Raises :class:`NmpError` when a
-    class is missing or the grids do not lie over one another.
-    """
-    if missing := [c for c in CLASSES if c not in grids]:
-        raise NmpError(f"no layer '{missing[0]}': subscribe to all of {', '.join(CLASSES)}")
-    first = grids[CLASSES[0]]
-    cells = np.empty((len(CLASSES), first.info.height, first.info.width), dtype=np.int8)
-    for plane, name in zip(cells, CLASSES, strict=True):
-        msg = grids[name]
-        if (msg.info.height, msg.info.width) != plane.shape or msg.header.stamp != first.header.stamp:
-            raise NmpError(
-                f"layer '{name}' does not match '{CLASSES[0]}' in size or time: record one mapping node only"
-            )
-        plane[:] = np.frombuffer(msg.data, dtype=np.int8).reshape(plane.shape)
-    # float32 in the message: back to the decimal that was meant, so that grids compare equal
-    resolution = round(first.info.resolution, 6)
-    grid = BevGrid(first.info.width * resolution, first.info.height * resolution, resolution)
-    o = first.info.origin
-    yaw = euler_from_quaternion([o.orientation.x, o.orientation.y, o.orientation.z, o.orientation.w])[2]
-    corner = transform_from_xyyaw(o.position.x, o.position.y, yaw)
-    base: Array = corner @ transform_from_xyyaw(grid.length / 2, grid.width / 2, 0.0)
-    return LocalMap(
-        stamp_ns=to_ns(first.header.stamp),
-        location=location,
-        map_from_base=base,
-        grid=grid,
-        probabilities=np.maximum(cells, 0).astype(np.float32) / 100.0,
-        evidence=(cells[0] >= 0).astype(np.float32),
-    )
+def from_markers(msg: MarkerArray) -> Elements:
+    """Return the lines of markers, and what they delete; the other way round of :func:`to_markers`."""
+    stamps = [to_ns(m.header.stamp) for m in msg.markers]
+    lines, gone, afresh = [], [], False
+    for marker in msg.markers:
+        if marker.action == Marker.DELETEALL:
+            afresh = True
+        elif marker.action == Marker.DELETE:
+            gone.append((marker.ns, marker.id))
+        elif marker.ns in CLASSES:
+            points = np.array([[p.x, p.y] for p in marker.points]).reshape(-1, 2)
+            lines.append(Line(marker.ns, marker.id, points, (marker.color.a - 0.3) / 0.7))
+    return Elements(max(stamps, default=0), lines, gone, afresh)
 
 
 def to_image(rgb: NDArray[np.uint8], stamp_ns: int) -> Image:

@@ -17,8 +17,9 @@ from std_msgs.msg import String
 from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import CLASSES
+from nmp.grids import from_occupancy_grids
 from nmp.layers import LayerWriter
-from nmp.nodes.conversions import from_occupancy_grids, to_ns
+from nmp.nodes.conversions import to_ns
 from nmp.nodes.qos import profile
 from nmp.nodes.runtime import run_node
 

@@ -29,6 +29,7 @@ from nmp.errors import NmpError
 from nmp.frame import CLASSES
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.weights import load_network
+from nmp.page import hex_colour
 from nmp.prior.city import CityPrior
 from nmp.prior.ledger import Ledger
 from nmp.prior.recall import CELL_PX, Recall
@@ -144,7 +145,7 @@ class LayerSheet(Sheet):
         return legend(width, title, zoom)
 
     def key(self) -> dict[str, Any]:
-        return {"classes": [[name, _hex(CLASS_COLOURS[name])] for name in CLASSES]}
+        return {"classes": [[name, hex_colour(CLASS_COLOURS[name])] for name in CLASSES]}
 
 
 class ShadedSheet(Sheet):
@@ -179,7 +180,7 @@ class ShadedSheet(Sheet):
 
     def key(self) -> dict[str, Any]:
         colours = self._table[np.rint(np.linspace(0, 255, 16)).astype(int)]
-        return {"caption": self.caption, "ticks": list(self.ticks), "colours": [_hex(c) for c in colours]}
+        return {"caption": self.caption, "ticks": list(self.ticks), "colours": [hex_colour(c) for c in colours]}
 
 
 class EvidenceSheet(ShadedSheet):
@@ -255,7 +256,3 @@ def sheets_of(city: City, kinds: Sequence[str], weights: Path | None = None) -> 
 def _pixels(cells: NDArray[Any]) -> NDArray[np.float32]:
     """Return values of cells [rows, cols] as those of pixels."""
     return np.asarray(cells, np.float32).repeat(CELL_PX, axis=0).repeat(CELL_PX, axis=1)
-
-
-def _hex(colour: Sequence[int] | NDArray[np.uint8]) -> str:
-    return "#" + "".join(f"{int(v):02x}" for v in colour)

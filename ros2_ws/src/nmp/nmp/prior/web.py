@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nmp.errors import NmpError
+from nmp.page import page_with
 from nmp.prior.sheets import CHUNK, CHUNK_PX, KINDS, City, Sheet, Sums
 
 PAGE = "index.html"
 _MARK = "<!-- nmp prior render -->"
-_PLACE = "__CITY__"
 Step = Callable[[int], object]
 
 
@@ -66,11 +64,8 @@ def write_map(city: City, sheets: list[Sheet], folder: Path, step: Step) -> int:
         # of the city, in pixels of the highest level
         "size": [pyramid.cols * CHUNK_PX, pyramid.rows * CHUNK_PX],
     }
-    page = resources.files("nmp.prior").joinpath("page.html").read_text()
-    # within a script element only "</" could end it early
-    text = page.replace(_PLACE, json.dumps(content).replace("</", "<\\/"))
     try:
-        (folder / PAGE).write_text(f"{_MARK}\n{text}")
+        (folder / PAGE).write_text(f"{_MARK}\n{page_with('nmp.prior', content)}", encoding="utf-8")
     except OSError as error:
         raise _failure(folder, error) from error
     return written

@@ -1,0 +1,1 @@
+"""Drives to look at without a ROS desktop: a page for a browser, and Foxglove (``nmp view``)."""
