@@ -47,9 +47,9 @@ from nmp.model.runner import (
 
 R50 = {"backbone": "resnet50", "backbone_stages": 4, "input_width": 704, "input_height": 256, "neck_channels": 64}
 CASES: dict[str, dict[str, Any]] = {
-    "cpu_default": {},
+    "cpu_default": {"align": True, "slopes": True},
     "r50": {**R50, "bev_channels": 104},
-    "r50_align": {**R50, "bev_channels": 104, "align": True},
+    "r50_align": {**R50, "bev_channels": 104, "align": True, "slopes": True},
     "r50_bevformer": {**R50, "bev_channels": 104, "view": "bevformer"},
     "r50_lift_splat": {**R50, "bev_channels": 104, "view": "lift_splat"},
     "r50_hdmapnet": {**R50, "bev_channels": 104, "view": "hdmapnet"},

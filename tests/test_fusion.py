@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
-from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner, _correlate
+from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner
+from nmp.model.fusion.correlate import correlate
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
 SMALL = NetworkConfig(
@@ -88,13 +89,14 @@ def test_the_order_of_updates_does_not_matter() -> None:
 
 def test_agreement_is_summed_for_every_shift() -> None:
     torch.manual_seed(2)
-    seen, stored = torch.randn(2, 3, 20, 31), torch.randn(2, 4, 3, 20, 31)
-    found = _correlate(seen, stored)
-    padded = functional.pad(stored, (SHIFTS,) * 4)
-    for dy, dx in ((0, 0), (-SHIFTS, 3), (2, SHIFTS), (5, -4)):
-        part = padded[..., SHIFTS + dy : SHIFTS + dy + 20, SHIFTS + dx : SHIFTS + dx + 31]
-        expected = (seen[:, None] * part).sum(dim=(2, 3, 4)) / math.sqrt(20 * 31)
-        torch.testing.assert_close(found[..., SHIFTS + dy, SHIFTS + dx], expected, atol=1e-4, rtol=1e-4)
+    first, second = torch.randn(2, 4, 3, 20, 31), torch.randn(2, 3, 20, 31)
+    found = correlate(first, second, 6)
+    assert found.shape == (2, 4, 13, 13)
+    padded = functional.pad(second, (6,) * 4)
+    for dy, dx in ((0, 0), (-6, 3), (2, 6), (5, -4)):
+        part = padded[..., 6 + dy : 26 + dy, 6 + dx : 37 + dx]
+        expected = (first * part[:, None]).sum(dim=(2, 3, 4)) / math.sqrt(20 * 31)
+        torch.testing.assert_close(found[..., 6 + dy, 6 + dx], expected, atol=1e-4, rtol=1e-4)
 
 
 def _compare_as_it_is(search: Aligner | Leveller) -> None:

@@ -105,9 +105,7 @@ class BEVNetwork(nn.Module):
         """
         b, n = images.shape[:2]
         flat = (images.flatten(0, 1).to(self.mean.dtype) - self.mean) / self.std
-        if flat.device.type == "cpu":
-            flat = flat.contiguous(memory_format=torch.channels_last)
-        features = self.neck(self.backbone(flat))
+        features = self.neck(self.backbone(flat.contiguous(memory_format=torch.channels_last)))
         out: Tensor = self.bev(self.view(features.unflatten(0, (b, n)), pixel_from_base, present))
         return out
 

@@ -1,7 +1,7 @@
 """Where the car really is on the stored map: a small shift and turn, found by laying what is seen over what is stored.
 
-Every shift and turn of a grid is scored by how well two learned feature maps agree (correlated by FFT), which
-gives a probability for each; their mean corrects the pose and their spread tells how far to trust it.
+Every shift and turn of a grid is scored by how well two learned feature maps agree, which gives a probability for
+each; their mean corrects the pose and their spread tells how far to trust it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
+from nmp.model.fusion.correlate import correlate
 
 SHIFTS = 6
 """shifts tried to either side along each axis, in steps of two BEV cells"""
@@ -79,7 +80,9 @@ class Aligner(nn.Module):
         # Stored cells under each turn: what a cell at x would be if the car were turned.
         grid = self.where.expand(b, -1, -1, -1, -1).flatten(0, 1)
         turned = functional.grid_sample(stored.repeat_interleave(turns, dim=0), grid, align_corners=False)
-        score = _correlate(seen, turned.unflatten(0, (b, turns))) * (self.scale.exp() / math.sqrt(FEATURES))
+        # What is stored at x + d is seen at x: compared from the stored side, that is the opposite shift.
+        score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
+        score = score * (self.scale.exp() / math.sqrt(FEATURES))
         score = score + self.bias.float()
         log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
         p = log_probability.exp()
@@ -91,34 +94,6 @@ class Aligner(nn.Module):
         mean = torch.einsum("btyx,ctyx->bc", p, values)
         square = torch.einsum("btyx,ctyx->bc", p, values**2)
         return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability)
-
-
-def _correlate(seen: Tensor, stored: Tensor) -> Tensor:
-    """Sum seen(x) * stored(x + d) over cells and channels for every shift d.
-
-    :param seen: [B, K, rows, cols]
-    :param stored: [B, T, K, rows, cols]
-    :return: [B, T, 2 SHIFTS + 1, 2 SHIFTS + 1], the mean over all cells times the root of their number
-    """
-    rows, cols = seen.shape[-2:]
-    size = (_smooth(rows + SHIFTS), _smooth(cols + SHIFTS))
-    with torch.autocast(seen.device.type, enabled=False):
-        spectrum = torch.fft.rfft2(seen, s=size).conj()[:, None] * torch.fft.rfft2(stored, s=size)
-        full = torch.fft.irfft2(spectrum.sum(dim=2), s=size)
-    around = torch.arange(-SHIFTS, SHIFTS + 1, device=seen.device)
-    return full[..., around % size[0], :][..., around % size[1]] / math.sqrt(rows * cols)
-
-
-def _smooth(size: int) -> int:
-    """Return the next size with small factors only, which an FFT handles fast."""
-    while True:
-        rest = size
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return size
-        size += 1
 
 
 def moved(pose: Tensor, offset: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
+from nmp.model.fusion.correlate import correlate
 
 SLOPES = 3
 """slopes tried to either side along each axis"""
@@ -97,10 +98,8 @@ class Leveller(nn.Module):
             # All slopes of a frame are laid below each other: one lookup for all of them.
             where = self.where.flatten(0, 1).expand(b, -1, -1, -1)
             levelled = functional.grid_sample(seen, where, align_corners=False)
-            levelled = levelled.unflatten(2, (len(self.where), -1)).transpose(1, 2).flatten(2)
-            score = levelled @ _shifted(stored).flatten(2).transpose(1, 2)  # [B, slopes, shifts]
-        rows, cols = seen.shape[-2:]
-        score = score * (self.scale.exp() / math.sqrt(FEATURES * rows * cols))
+        levelled = levelled.unflatten(2, (len(self.where), -1)).transpose(1, 2)
+        score = correlate(levelled, stored, SHIFTS) * (self.scale.exp() / math.sqrt(FEATURES))
         score = score.view(b, *self.bias.shape) + self.bias.float()
         log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
         p = log_probability.exp()
@@ -127,11 +126,3 @@ def _seen_at(place: Tensor, slope: Tensor) -> Tensor:
     """Return where places [rows, cols, 2] (m) seem to be on each of N slopes [N, 2]: [N, rows, cols, 2]."""
     rise = torch.einsum("yxc,nc->nyx", place, slope)
     return place * (1 + rise[..., None])
-
-
-def _shifted(stored: Tensor) -> Tensor:
-    """Return [B, shifts, K, rows, cols] of what lies at x + d for every shift d, zero outside."""
-    rows, cols = stored.shape[-2:]
-    padded = functional.pad(stored, [SHIFTS] * 4)
-    steps = range(2 * SHIFTS + 1)
-    return torch.stack([padded[..., y : y + rows, x : x + cols] for y in steps for x in steps], dim=1)

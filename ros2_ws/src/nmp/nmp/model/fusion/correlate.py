@@ -1,0 +1,28 @@
+"""How well two feature maps agree, for every small shift of one of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:
+    """Sum first(x) * second(x + d) over cells and channels for every shift d, in float32.
+
+    One matrix product: on two cores it takes a third of the time of Fourier transforms, for shifts as small.
+
+    :param first: [B, N, K, rows, cols], N maps that are compared with the same second one
+    :param second: [B, K, rows, cols], zero outside
+    :param shifts: cells tried to either side along each axis
+    :return: [B, N, 2 shifts + 1, 2 shifts + 1], the mean over all cells times the root of their number
+    """
+    rows, cols = second.shape[-2:]
+    with torch.autocast(second.device.type, enabled=False):
+        padded = functional.pad(second.float(), [shifts] * 4)
+        # [B, K, shifts, shifts, rows, cols] to one row for each shift
+        moved = padded.unfold(2, rows, 1).unfold(3, cols, 1).permute(0, 2, 3, 1, 4, 5)
+        sums = first.float().flatten(2) @ moved.flatten(3).flatten(1, 2).transpose(1, 2)
+    return sums.view(*first.shape[:2], 2 * shifts + 1, 2 * shifts + 1) / math.sqrt(rows * cols)
