@@ -137,18 +137,18 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
     """Return the three parts of a frame as programs of their own."""
     device = network.mean.device
     frame = OneFrame(network, choose_precision(precision, device))
-    images, pixel_from_base, present, pose, latent, evidence = (t.to(device) for t in inputs)
+    images, pixel_from_base, present, pose, spread, latent, evidence = (t.to(device) for t in inputs)
     origin = torch.zeros(1, 2, device=device)
 
     def encode(images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
         with frame.autocast():
             return frame.encode(images, pixel_from_base, present)
 
-    def prior(bev: Tensor, pose: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, ...]:
+    def prior(bev: Tensor, pose: Tensor, spread: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, ...]:
         memory = read_quantized(latent, evidence)
         fused = network.fusion
         with frame.autocast():  # BEVNetwork.step without its decoder
-            alignment = fused.locate(bev, memory, pose, origin)
+            alignment = fused.locate(bev, memory, pose, origin, spread)
             if alignment is not None:
                 pose = fusion.moved(pose, alignment.offset)
             latent, evidence = fused.read(memory, pose, origin)
@@ -164,7 +164,7 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
 
     out = {"encode": Program(encode, (images, pixel_from_base, present), **way)}
     bev = out["encode"].run().clone()
-    out["prior"] = Program(prior, (bev, pose, latent, evidence), **way)
+    out["prior"] = Program(prior, (bev, pose, spread, latent, evidence), **way)
     out["decode"] = Program(decode, (out["prior"].run()[0].clone(),), **way)
     return out
 

@@ -42,6 +42,8 @@ class Draws:
     """[B, T, 3] error (m, m, rad) of each frame beside that of its drive"""
     repeat: Tensor
     """[B, T] how often a frame counts as seen"""
+    spread: Tensor
+    """[B, 2] how exactly the poses are known: standard deviations of position (m) and heading (rad)"""
     corner: Tensor
     """[B, 2] where in a cell of the map (m) the last frame of a group stands"""
     alone: Tensor
@@ -63,6 +65,7 @@ class Draws:
                     rng.normal(size=(frames, 3)) * spread * math.sqrt(1 - share),
                     rng.normal(size=(frames, 3)) * spread * math.sqrt(share),
                     rng.choice(REPEATS, frames),
+                    spread[1:],
                     rng.uniform(0, config.network.prior_cell, 2),
                     rng.permutation(frames)[:count],
                 )
@@ -155,7 +158,7 @@ class TrainingStep(nn.Module):
             with torch.no_grad():
                 latent, evidence = fusion.read(memory, pose[:, now], origin)
             with torch.set_grad_enabled(torch.is_grad_enabled() and now > 0):
-                found = aligner(frame, latent, evidence)
+                found = aligner(frame, latent, evidence, draws.spread)
             if now:
                 errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
             with torch.no_grad():
@@ -182,7 +185,9 @@ class TrainingStep(nn.Module):
         used: list[Tensor] = []
         errors: dict[str, list[Tensor]] = {}
         for now in range(t):
-            output, memory = self._step(frames[:, now], memory, pose[:, now], origin, draws.repeat[:, now])
+            output, memory = self._step(
+                frames[:, now], memory, pose[:, now], origin, draws.repeat[:, now], draws.spread
+            )
             outputs.append(output)
             at = pose[:, now]
             if output.alignment is not None:

@@ -188,6 +188,7 @@ def _drive_all(
     ahead = counter.reach - torch.as_tensor(net.feature_grid.centres(), dtype=torch.float32).norm(dim=-1).to(device)
     ahead = ahead.view(1, 1, *net.feature_grid.shape)
     spread = torch.tensor([error[0], error[0], error[1]])
+    told = spread[1:].to(device)
     generator = torch.Generator().manual_seed(5)
     name = f" at {error[0]:g} m, {error[1]:.3g} rad" if error[0] else ""
     for number, made in enumerate(trips):
@@ -208,7 +209,7 @@ def _drive_all(
             bev = torch.stack([made[i].bev[t] for i in active]).float()
             origin = torch.stack(corner).float() * cell
             pose, origin = pose.to(device), origin.to(device)
-            output, memory = network.step(bev, memory, pose, origin)
+            output, memory = network.step(bev, memory, pose, origin, spread=told.expand(len(active), 2))
             near = torch.cat([nearness[i][spot] for i, spot in zip(active, spots, strict=True)])
             before = fusion.map_to_ego(near, pose, net.layer_grid, origin, cell, "nearest")
             seen = ahead.expand(len(active), -1, -1, -1)

@@ -144,6 +144,22 @@ def test_the_pose_is_corrected_towards_what_is_stored() -> None:
     assert TURNS * TURN_RAD > 0.06
 
 
+def test_the_better_a_pose_is_known_the_less_it_is_corrected() -> None:
+    torch.manual_seed(3)
+    grid = BevGrid(resolution=0.3)
+    stored = functional.interpolate(torch.randn(1, 8, 20, 40), (100, 200), mode="bicubic")
+    aligner = Aligner(grid, 8, 8)
+    _compare_as_it_is(aligner)
+    ones = torch.full((1, 1, *grid.shape), 8.0)
+    seen = stored.roll(-4, dims=3)  # the car is 1.2 m ahead of where its pose has it
+    with torch.inference_mode():
+        aligner.scale.fill_(-3.0)
+        found = [float(aligner(seen, stored, ones, torch.tensor([[s, s / 20]])).offset[0, 0]) for s in (0.0, 0.3, 2.0)]
+        unknown = float(aligner(seen, stored, ones).offset[0, 0])
+    assert abs(found[0]) < 0.02 and found[0] < found[1] < found[2]
+    assert found[2] > 0.8 and found[1] < unknown
+
+
 def test_without_anything_stored_the_pose_stays() -> None:
     torch.manual_seed(4)
     aligner = Aligner(BevGrid(resolution=0.3), 8, 4)

@@ -123,11 +123,11 @@ def test_a_frame_is_what_the_network_says() -> None:
     memory = read_quantized(inputs.latent, inputs.evidence)
     with torch.inference_mode():
         bev = network.encode(given, inputs.pixel_from_base, inputs.present)
-        output, after = network.step(bev, memory, inputs.pose, torch.zeros(1, 2))
+        output, after = network.step(bev, memory, inputs.pose, torch.zeros(1, 2), spread=inputs.spread)
         alone = network.alone(bev)
     latent, evidence = inputs.latent[0].numpy(), inputs.evidence[0, 0].numpy().view(np.uint16)
     rest = (given, inputs.pixel_from_base, inputs.present)
-    answer = Runner(network, side=side).run(*rest, inputs.pose, latent, evidence)
+    answer = Runner(network, side=side).run(*rest, inputs.pose, inputs.spread, latent, evidence)
     np.testing.assert_allclose(answer.probabilities, output.logits.sigmoid()[0].numpy(), atol=1e-6)
     assert answer.latent is not None and answer.evidence is not None and answer.seen is not None
     assert answer.finite and answer.latent.dtype == np.int8 and answer.evidence.dtype == np.uint16

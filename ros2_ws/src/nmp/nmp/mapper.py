@@ -150,7 +150,8 @@ class OnlineMapper:
         weight = self.gates.check(frame)
         if weight < 1:
             evidence = doubted(evidence, weight, EVIDENCE_SCALE)
-        answer = _checked(self._runner.run(*images, pose, latent, evidence))
+        spread = torch.tensor([[frame.position_std, frame.yaw_std]])
+        answer = _checked(self._runner.run(*images, pose, spread, latent, evidence))
         clock.done("network")
         if self.gates.may_store(answer.found):
             self._store(city, window, answer, frame.stamp_ns)

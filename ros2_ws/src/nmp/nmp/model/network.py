@@ -123,7 +123,13 @@ class BEVNetwork(nn.Module):
         return self.decode(self.fusion.fuse(bev, *nothing))
 
     def step(
-        self, bev: Tensor, memory: fusion.Memory, pose: Tensor, origin: Tensor, repeat: Tensor | None = None
+        self,
+        bev: Tensor,
+        memory: fusion.Memory,
+        pose: Tensor,
+        origin: Tensor,
+        repeat: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> tuple[Output, fusion.Memory]:
         """Map one frame with what is remembered of its place, and remember it as well.
 
@@ -132,9 +138,10 @@ class BEVNetwork(nn.Module):
         :param pose: [B, 3] ego x, y (m), yaw (rad) in the map frame
         :param origin: [B, 2] x, y (m) of the corner of each window in the map frame
         :param repeat: [B] how many times the frame counts as seen, None for once
+        :param spread: [B, 2] standard deviations of position (m) and heading (rad), None for unknown
         :return: layers, and the windows as they are afterwards
         """
-        alignment = self.fusion.locate(bev, memory, pose, origin)
+        alignment = self.fusion.locate(bev, memory, pose, origin, spread)
         if alignment is not None:
             # The search learns from its own loss: gradients through the places of cells only add noise.
             pose = fusion.moved(pose, alignment.offset.detach())

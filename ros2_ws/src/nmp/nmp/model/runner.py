@@ -41,6 +41,8 @@ class Inputs(NamedTuple):
     """[1, 6] 1 where the camera delivered an image"""
     pose: Tensor
     """[1, 3] float32 ego x, y (m) from the corner of the window, yaw (rad) in the map frame"""
+    spread: Tensor
+    """[1, 2] float32 standard deviations of position (m) and heading (rad)"""
     latent: Tensor
     """[1, D, side, side] int8 of the prior, in steps of 1 / LATENT_SCALE"""
     evidence: Tensor
@@ -264,14 +266,21 @@ class OneFrame:
         return Outputs(logits, torch.sigmoid(logits), torch.isfinite(logits).all())
 
     def with_prior(
-        self, images: Tensor, pixel_from_base: Tensor, present: Tensor, pose: Tensor, latent: Tensor, evidence: Tensor
+        self,
+        images: Tensor,
+        pixel_from_base: Tensor,
+        present: Tensor,
+        pose: Tensor,
+        spread: Tensor,
+        latent: Tensor,
+        evidence: Tensor,
     ) -> Outputs:
         """Map a frame with a prior, and update it; tensors on the device, as in :class:`Inputs`."""
         config = self.network.config
         memory = read_quantized(latent, evidence)
         with self.autocast():
             bev = self.encode(images, pixel_from_base, present)
-            output, memory = self.network.step(bev, memory, pose, self._origin)
+            output, memory = self.network.step(bev, memory, pose, self._origin, spread=spread)
         logits = output.logits.float()
         found = None
         if output.alignment is not None:
@@ -355,20 +364,27 @@ class Runner:
         pixel_from_base: Tensor,
         present: Tensor,
         pose: Tensor | None = None,
+        spread: Tensor | None = None,
         latent: NDArray[np.int8] | None = None,
         evidence: NDArray[np.uint16] | None = None,
     ) -> Answer:
         """Map one frame.
 
         :param images: [1, 6, 3, H, W] uint8, the next two as in :class:`Inputs`
-        :param pose: [1, 3] as in :class:`Inputs`; with a prior only, as are the next two
+        :param pose: [1, 3] as in :class:`Inputs`; with a prior only, as are the next three
+        :param spread: [1, 2] as in :class:`Inputs`
         :param latent: [D, side, side] cells of the window
         :param evidence: [side, side] of the window
         """
         given = [images.permute(0, 1, 3, 4, 2), pixel_from_base, present]
         if self.side is not None:
-            assert pose is not None and latent is not None and evidence is not None
-            given += [pose, torch.from_numpy(latent)[None], torch.from_numpy(evidence.view(np.int16))[None, None]]
+            assert pose is not None and spread is not None and latent is not None and evidence is not None
+            given += [
+                pose,
+                spread,
+                torch.from_numpy(latent)[None],
+                torch.from_numpy(evidence.view(np.int16))[None, None],
+            ]
         for host, values in zip(self._host, given, strict=True):
             host.copy_(values)
         if self._done is None:
@@ -438,6 +454,7 @@ def example_inputs(network: BEVNetwork, side: int | None, seed: int | None = Non
         example_projection(config),
         torch.ones(1, n),
         torch.tensor([[middle, middle, 0.0 if seed is None else 0.6]]),
+        torch.tensor([[0.2, 0.02]]),
         torch.from_numpy(latent),
         torch.from_numpy(evidence.view(np.int16)),
     )

@@ -22,6 +22,10 @@ TURNS = 5
 """turns tried to either side"""
 TURN_RAD = math.radians(1.25)
 FEATURES = 8
+USUAL = (1.0, math.radians(2.0))
+"""how far a pose is off, m and rad, where nobody says: standard deviations"""
+SURE = (0.05, 0.002)
+"""what is stored lies no more exactly than this"""
 
 
 class Alignment(NamedTuple):
@@ -50,11 +54,15 @@ class Aligner(nn.Module):
         self.scale = nn.Parameter(torch.tensor(-2.0))
         shift = torch.arange(-SHIFTS, SHIFTS + 1) * self.step_m
         turn = torch.arange(-TURNS, TURNS + 1) * TURN_RAD
-        # Before anything is seen, a pose that is a metre or two degrees wrong is about as unlikely as that.
-        far = (shift[:, None] ** 2 + shift[None, :] ** 2) / 2 + (turn[:, None, None] / math.radians(2)) ** 2 / 2
-        self.bias = nn.Parameter(-far)
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("turn", turn, persistent=False)
+        far = torch.stack(torch.broadcast_tensors(shift[:, None] ** 2 + shift**2, turn[:, None, None] ** 2))
+        self.register_buffer("far", far, persistent=False)  # [2, turns, shifts, shifts], m2 and rad2
+        self.register_buffer("usual", torch.tensor([USUAL]), persistent=False)
+        self.register_buffer("sure", torch.tensor([SURE]), persistent=False)
+        self.far: Tensor
+        self.usual: Tensor
+        self.sure: Tensor
         self.shift: Tensor
         self.turn: Tensor
         rows, cols = grid.shape
@@ -66,12 +74,14 @@ class Aligner(nn.Module):
         self.register_buffer("where", turned, persistent=False)  # [turns, rows / 2, cols / 2, 2]
         self.where: Tensor
 
-    def forward(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> Alignment:
+    def forward(self, bev: Tensor, latent: Tensor, evidence: Tensor, spread: Tensor | None = None) -> Alignment:
         """Score every motion.
 
         :param bev: [B, C, rows, cols] features of this frame
         :param latent: [B, D, rows, cols] stored latents as the given pose places them in the ego frame
         :param evidence: [B, 1, rows, cols] theirs
+        :param spread: [B, 2] standard deviations of position (m) and heading (rad) of the given pose, None for unknown:
+            how likely every motion is before anything is compared
         """
         b, turns = bev.shape[0], len(self.turn)
         trust = evidence / (evidence + 1)
@@ -83,14 +93,15 @@ class Aligner(nn.Module):
         # What is stored at x + d is seen at x: compared from the stored side, that is the opposite shift.
         score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
         score = score * (self.scale.exp() / math.sqrt(FEATURES))
-        score = score + self.bias.float()
+        variance = (self.usual if spread is None else spread.float()) ** 2 + self.sure**2
+        score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
         log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
         p = log_probability.exp()
         # Shifts are those of the turned car, (x + d) under a turn: turn them back into the given ego frame.
         left, forward = self.shift[:, None], self.shift[None, :]
         c, s = torch.cos(self.turn)[:, None, None], torch.sin(self.turn)[:, None, None]
-        parts = (c * forward - s * left, s * forward + c * left, self.turn[:, None, None].expand_as(self.bias))
-        values = torch.stack([part.expand_as(self.bias) for part in parts])  # [3, turns, shifts, shifts]
+        parts = (c * forward - s * left, s * forward + c * left, self.turn[:, None, None])
+        values = torch.stack(torch.broadcast_tensors(*parts))  # [3, turns, shifts, shifts]
         mean = torch.einsum("btyx,ctyx->bc", p, values)
         square = torch.einsum("btyx,ctyx->bc", p, values**2)
         return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability)

@@ -79,11 +79,16 @@ class EvidenceFusion(nn.Module):
             nn.init.zeros_(self.doubt.weight)
             nn.init.constant_(self.doubt.bias, 4.0)
 
-    def locate(self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor) -> Alignment | None:
-        """Find how far the pose is off, by what is stored; None without ``config.align``."""
+    def locate(
+        self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor, spread: Tensor | None = None
+    ) -> Alignment | None:
+        """Find how far the pose is off, by what is stored; None without ``config.align``.
+
+        :param spread: [B, 2] how exactly the pose is known, see :meth:`nmp.model.fusion.align.Aligner.forward`
+        """
         if self.aligner is None:
             return None
-        found: Alignment = self.aligner(bev, *self.read(memory, pose, origin))
+        found: Alignment = self.aligner(bev, *self.read(memory, pose, origin), spread)
         return found
 
     def read(self, memory: Memory, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:

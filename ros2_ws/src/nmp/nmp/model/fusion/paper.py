@@ -190,7 +190,9 @@ class PaperFusion(nn.Module):
         self.bev_position = Position(*shape, channels) if config.prior_position else None
         self.prior_position = Position(*shape, channels) if config.prior_position else None
 
-    def locate(self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor) -> Alignment | None:
+    def locate(
+        self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor, spread: Tensor | None = None
+    ) -> Alignment | None:
         """The paper takes the pose as it is: always None."""
         return None
 
