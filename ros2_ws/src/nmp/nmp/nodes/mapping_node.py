@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from nmp.nodes.inputs import Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
 from nmp.nodes.parameters import PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
+from nmp.nodes.process import prepare_process
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
@@ -40,7 +42,7 @@ from nmp.prior.record import Record
 
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
-REFUSED, QUEUE_FULL = "refused by the mapper", "queue full"
+REFUSED, QUEUE_FULL, OVERTAKEN = "refused by the mapper", "queue full", "overtaken by a newer frame"
 
 
 class Mapper(Protocol):
@@ -152,17 +154,27 @@ class MappingNode(ManagedNode):
         extrinsics = read_extrinsics(mounting, s["cameras"]) if mounting else {}
         self.assembler = FrameAssembler(prefixes=s["cameras"], extrinsics=extrinsics)
         self._apply(set())
-        self.mapper = self._make_mapper(s)
+        self.mapper = self._load()
         self.outputs = Outputs(self, self._draw, vectors=s["vectors"], city_period_s=s["city_period"])
-        self.worker = Worker(self._answer)
 
     def _activate(self) -> None:
         if self.mapper is None:  # it was deactivated before
-            self.mapper = self._make_mapper(self.settings)
+            self.mapper = self._load()
         self.assembler.reset()
         self.paused = False
         self._inputs = Inputs(self, self.settings, self.assembler, self._arrived)
         self.get_logger().info(f"ready; waiting for {len(self.assembler.prefixes)} cameras and {topics.ODOM}")
+
+    def _load(self) -> Mapper:
+        """Make the mapper in the thread that will run it.
+
+        OpenMP keeps threads for every thread that computes; with more of them than cores they no longer wait for each
+        other awake, and each of the network's hundreds of small steps begins with waking them.
+        """
+        if self.worker is None:
+            self.worker = Worker(self._answer)
+        mapper: Mapper = self.worker.submit(partial(self._make_mapper, self.settings)).result()
+        return mapper
 
     def _deactivate(self) -> None:
         """Stop listening; save the prior, commit the drive, free the memory of the GPU."""
@@ -203,7 +215,7 @@ class MappingNode(ManagedNode):
     def _apply(self, changed: set[str]) -> None:
         """Let parameters that may change at any time take effect."""
         s = self.settings
-        names = ("max_camera_spread", "max_pose_age", "min_cameras", "max_rate")
+        names = ("max_camera_spread", "max_pose_age", "min_cameras", "max_rate", "keyframe_rate")
         self.assembler.limits = Limits(**{name: s[name] for name in names})
 
     # ------------------------------------------------------------------------------------------------------- frames
@@ -226,6 +238,9 @@ class MappingNode(ManagedNode):
             now = time.monotonic()
             each, inputs.busy_s = inputs.busy_s / len(frames), 0.0
             for old in worker.offer([Waiting(f, now, each) for f in frames], self.settings["queue_size"]):
+                if not old.frame.keyframe:
+                    self.statistics.skip(OVERTAKEN, 1)
+                    continue
                 text = f"frame {old.frame.stamp_ns}: the network is slower than the cameras: lower their rate"
                 self.statistics.drop(QUEUE_FULL, text)
 
@@ -330,6 +345,7 @@ def _free_gpu() -> None:
 
 def main() -> None:
     """Entry point of ``ros2 run nmp mapping_node``."""
+    prepare_process()
     sys.exit(run_node(MappingNode))
 
 

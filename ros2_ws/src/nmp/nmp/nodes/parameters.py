@@ -133,9 +133,17 @@ PARAMETERS = (
         high=100.0,
     ),
     Parameter(
+        "keyframe_rate",
+        2.0,
+        "Keyframes a second, in stamps: they wait for the network, other frames are mapped only while newest; 0: none.",
+        Change.ALWAYS,
+        low=0.0,
+        high=100.0,
+    ),
+    Parameter(
         "queue_size",
         2,
-        "Frames that may wait for the network; when full, the oldest is dropped.",
+        "Keyframes that may wait for the network; when full, the oldest is dropped.",
         Change.ALWAYS,
         low=1,
         high=1000,
