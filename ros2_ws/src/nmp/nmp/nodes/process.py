@@ -26,10 +26,12 @@ def prepare_process() -> None:
       woken for each; those that wait awake for ever take the cores from whoever sends the images.
     * Callbacks hold Python's lock for up to 5 ms after the network has asked for it back; here for a tenth of that.
 
-    What the environment says of ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` is left as it is.
+    What the environment says of ``GOMP_SPINCOUNT``, ``OMP_WAIT_POLICY`` or ``OPENBLAS_NUM_THREADS`` is left as it is.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN))
+    # The products of numpy here are of 4 x 4 matrices; its library would start threads for them all the same.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.setswitchinterval(TURN_S)
     keep_memory()
 
