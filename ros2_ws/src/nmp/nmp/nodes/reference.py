@@ -31,6 +31,12 @@ ros2 lifecycle set /mapping_node configure
 ros2 lifecycle set /mapping_node activate
 ```
 
+`ros2 run nmp mapping_supervisor`, which `mapping.launch.py` uses, takes the same arguments and survives what the node
+does not (a crash of a driver, the out-of-memory killer): it keeps a spare process with torch and ROS loaded, known to
+DDS, without the network. When the node is killed the spare maps on after one to two seconds; what the node had not
+written yet (`flush_interval`) is lost. A node that is killed within 5 s of its start is started again after 1, 2, 4 ...
+30 s; one that ends by itself is not. SIGINT and SIGTERM end both, with the exit code of the node.
+
 Names are relative, so that namespaces and remapping work as usual; `~` is the name of the node.
 """
 
@@ -48,6 +54,15 @@ cam_front: {translation: [1.7, 0.0, 1.5], rotation: [-0.5, 0.5, -0.5, 0.5]}  # m
 ```
 """
 
+_FAST_CAMERAS = """\
+Cameras may be faster than the network. Of their frames, keyframes are always mapped, in order: the first, and each that
+is 1 / `keyframe_rate` after the last (a tenth less, as cameras are not exact), by the stamps of the front camera. Any
+other frame is mapped if it is still the newest when the network has time; else it is left alone and counted as skipped
+("overtaken by a newer frame"). `max_rate` leaves images alone before a frame is made of them ("skipped: max_rate").
+Frames that are lost against the will of whoever set these are counted as dropped, by cause: "queue full" when more than
+`queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
+"""
+
 
 def page() -> str:
     """Return the text of docs/node.md."""
@@ -61,6 +76,7 @@ def page() -> str:
             ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in PARAMETERS),
         ),
         _CAMERAS,
+        _FAST_CAMERAS,
         "## Topics it listens to\n",
         "Images and poses are subscribed to as best effort. `image_transport` and `pose_type` choose other types.\n",
         _table(topics_header, (_row(t) for t in interface.inputs())),
