@@ -268,7 +268,7 @@ class MappingNode(ManagedNode):
             end = time.monotonic()
             before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
             stages = {**before, **mapper.stages_s, "publishing": end - mapped}
-            self.statistics.answer(end - waiting.received_s, stages)
+            self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
             outputs.publish_extras(local_map)
@@ -317,7 +317,7 @@ class MappingNode(ManagedNode):
         return 0
 
     def _sum_up(self) -> None:
-        summary = self.statistics.summary(self.assembler.drops)
+        summary = self.statistics.summary(self.assembler.drops, self.assembler.skipped)
         drops = ", ".join(f"{count} {cause}" for cause, count in summary["drops"].items()) or "none"
         latency = [summary[f"latency_{name}_s"] for name in ("median", "p95")]
         median, p95 = ("-" if seconds is None else f"{1e3 * seconds:.0f} ms" for seconds in latency)
