@@ -6,6 +6,7 @@ everything that touches it runs there.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -26,12 +27,12 @@ from nmp.assembly import FrameAssembler, Limits
 from nmp.errors import NmpError
 from nmp.extrinsics import read_extrinsics
 from nmp.frame import Frame, LocalMap
-from nmp.gate import PoseGate
+from nmp.gate import GateLimits, PoseGate
 from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
+from nmp.nodes.parameters import GATE, PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
 from nmp.nodes.process import prepare_process
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
@@ -73,6 +74,7 @@ def load_mapper(settings: Settings) -> Mapper:
         precision=settings["precision"],
         compiled=settings["compile"],
         min_cameras=1,  # the assembler decides
+        limits=GateLimits(**{f.name: settings[GATE + f.name] for f in dataclasses.fields(GateLimits)}),
     )
 
 

@@ -63,6 +63,12 @@ Frames that are lost against the will of whoever set these are counted as droppe
 `queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
 """
 
+_GATES = """\
+The parameters `gate_...` say which poses are too doubtful for the prior; whatever they are, layers go out. How drives
+add up where they contradict each other (`nmp/prior/cells.py`) is no parameter: a city is folded from its drives by
+whoever opens it, and must be the same on every car.
+"""
+
 
 def page() -> str:
     """Return the text of docs/node.md."""
@@ -77,6 +83,7 @@ def page() -> str:
         ),
         _CAMERAS,
         _FAST_CAMERAS,
+        _GATES,
         "## Topics it listens to\n",
         "Images and poses are subscribed to as best effort. `image_transport` and `pose_type` choose other types.\n",
         _table(topics_header, (_row(t) for t in interface.inputs())),
