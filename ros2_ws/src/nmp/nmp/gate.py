@@ -65,7 +65,7 @@ class GateLimits:
         for near, far in (("position_m", "blind_position_m"), ("yaw_rad", "blind_yaw_rad")):
             if not getattr(self, near) < getattr(self, far):
                 raise NmpError(
-                    f"{far} of the gate is {getattr(self, far):g}, {near} {getattr(self, near):g}: the prior is read up "
+                    f"{far} of the gate is {getattr(self, far):g}, {near} {getattr(self, near):g}: it is read up "
                     "to the first, and written up to the second, which must be less"
                 )
 

@@ -1,4 +1,7 @@
-"""Writes docs/node.md and the parameter files from the declarations: ``python -m nmp.nodes.reference``."""
+"""Writes what follows from the declarations: ``python -m nmp.nodes.reference``.
+
+These are docs/node.md, the parameter files of the platforms, and the policy for SROS 2.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from nmp import assembly
 from nmp.nodes import interface
 from nmp.nodes.parameters import PARAMETERS, PLATFORMS, SILENT_AFTER, STOP_TIMEOUT, Parameter, Value
+from nmp.nodes.policy import policy
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[3]
@@ -118,7 +122,7 @@ def params_file(platform: str) -> str:
 def files() -> dict[Path, str]:
     """Return what is written, by path."""
     config = {PACKAGE / "config" / f"{name}.yaml": params_file(name) for name in PLATFORMS}
-    return {ROOT / "docs" / "node.md": page(), **config}
+    return {ROOT / "docs" / "node.md": page(), PACKAGE / "config" / "nmp.policy.xml": policy(), **config}
 
 
 def _limits() -> list[list[str]]:
