@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nmp.nodes.process import prepare_process
+from nmp.process import prepare_process
 
 HEALTHY_S = 5.0
 """a node that has lived for so long gets a spare, and is replaced at once, s"""
