@@ -20,7 +20,7 @@ from typing import Any
 from children import Children, MemoryMeter
 from drive import environment
 from scenes import drive_scenes, scenes_of
-from simulated import simulated
+from simulated import AGREEMENT_MIOU, simulated
 from stage import Stage, Steps, milliseconds
 
 from nmp.errors import NmpError
@@ -135,6 +135,11 @@ def run(args: argparse.Namespace) -> None:
         )
     print(f"{steps.total:.0f} s, at most {metrics['peak_memory_mb'] / 1e3:.1f} GB of memory")
     print(f"\nOpen {args.out / 'report.html'}")
+    if metrics.get("replay_check", {}).get("agrees") is False:
+        raise NmpError(
+            f"the second pass scores {metrics['replay_check']['difference_miou']:.2f} mIoU other by replay than by DDS, "
+            f"at most {AGREEMENT_MIOU:g} is allowed: please report it with {args.out / 'metrics.json'}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
