@@ -181,17 +181,34 @@ def test_files_that_the_launch_file_needs_are_installed(stubbed: ModuleType) -> 
         assert not link.readlink().is_absolute()
 
 
-def test_real_launch() -> None:
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("mapping", {"bag": "/b"}, ["mapping_supervisor", "player_node"]),
+        ("mapping", {"rviz": "true"}, ["mapping_supervisor", "rviz2"]),
+        ("visualization", {}, ["rviz2"]),
+        (
+            "replay_eval",
+            {"bag": "/b", "maps": "/m", "out": "/o"},
+            ["recorder_node", "mapping_node", "player_node"],
+        ),
+    ],
+)
+def test_real_launch(name: str, given: dict[str, str], expected: list[str]) -> None:
     launch = pytest.importorskip("launch")
     pytest.importorskip("launch_ros")
     if not hasattr(launch, "LaunchService"):
         pytest.skip("another package named launch")
+    from launch_ros.actions import Node
+
     context = launch.LaunchContext()
-    context.launch_configurations.update({"bag": "/b", "params_file": str(PARAMS_FILE)})
-    nodes = []
-    for entity in load().generate_launch_description().entities:
-        nodes += entity.execute(context) or []
-    assert [node.node_executable for node in nodes] == ["mapping_supervisor", "player_node"]
+    context.launch_configurations.update({"params_file": str(PARAMS_FILE), **given})
+    started = []
+    for entity in load(name).generate_launch_description().entities:
+        started += entity.execute(context) or []
+    nodes = [action for action in started if isinstance(action, Node)]
+    assert [node.node_executable for node in nodes] == expected
+    assert all(node.node_package in ("nmp", "rviz2") for node in nodes)
 
 
 def test_rviz_shows_the_topics_of_the_node() -> None:
