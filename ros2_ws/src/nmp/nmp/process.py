@@ -6,8 +6,8 @@ import ctypes
 import os
 import sys
 
-SPIN = 10_000
-"""rounds that a thread of OpenMP waits awake for its next piece of work: about a tenth of a millisecond"""
+SPIN = 3_000
+"""rounds that a thread of OpenMP waits awake for its next piece of work: some ten microseconds"""
 TURN_S = 5e-4
 """longest time that a thread keeps Python's lock from another one that wants it, s"""
 LARGEST_MAPPED = 32 << 20
