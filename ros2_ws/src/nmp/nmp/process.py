@@ -6,8 +6,6 @@ import ctypes
 import os
 import sys
 
-SPIN = 3_000
-"""rounds that a thread of OpenMP waits awake for its next piece of work: some ten microseconds"""
 TURN_S = 5e-4
 """longest time that a thread keeps Python's lock from another one that wants it, s"""
 LARGEST_MAPPED = 32 << 20
@@ -22,15 +20,10 @@ def prepare_process() -> None:
 
     * The tensors of a frame are of the same sizes each time. By default glibc gives their memory back to the system
       and asks for it again, 15,000 pages and a tenth of the time of a frame; here it is kept.
-    * A step of the network follows the last after some ten microseconds. Threads that sleep in between have to be
-      woken for each; those that wait awake for ever take the cores from whoever sends the images.
     * Callbacks hold Python's lock for up to 5 ms after the network has asked for it back; here for a tenth of that.
-
-    What the environment says of ``GOMP_SPINCOUNT``, ``OMP_WAIT_POLICY`` or ``OPENBLAS_NUM_THREADS`` is left as it is.
+    * The products of numpy here are of 4 x 4 matrices; its library would start threads for them all the same, unless
+      the environment says how many (``OPENBLAS_NUM_THREADS``).
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN))
-    # The products of numpy here are of 4 x 4 matrices; its library would start threads for them all the same.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.setswitchinterval(TURN_S)
     keep_memory()
