@@ -185,7 +185,7 @@ def spoiled(messages: list[BagMessage], topic: str, index: int, change: Callable
 
 
 def test_layers_are_published(world: Ros, drive: Path) -> None:
-    rig = Rig(world)
+    rig = Rig(world, queue_size=10)  # the first picture takes a second or more
     rig.play(drive)
     assert until(lambda: all(len(v) == 4 for v in rig.layers.values())), rig.drops
     assert not rig.drops
