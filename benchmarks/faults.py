@@ -4,8 +4,8 @@
 
 A driver plays the bag in a loop with stamps that go on, in real time, and spoils what it publishes while a fault
 lasts. Prints (and writes) JSON: for each fault the seconds from its end to the first layers of a later moment (for
-kill -9: from the start of the next process, which loads the network), what /diagnostics said at its worst, and
-whether what was stored before is still there, by the cells that `nmp prior verify` finds whole.
+kill -9: from the kill; the supervisor starts the node anew), what /diagnostics said at its worst, and whether what was
+stored before is still there, by the cells that `nmp prior verify` finds whole.
 """
 
 from __future__ import annotations
@@ -143,7 +143,12 @@ class Bench:
         parameters = {"prior_dir": self.prior, "flush_interval": 1.0, "min_cameras": 5, "device": "cpu"}
         given = [a for name, value in parameters.items() for a in ("-p", f"{name}:={value}")]
         log = ["--log-level", "fatal"]
-        return subprocess.Popen([sys.executable, "-m", "nmp.nodes.mapping_node", "--ros-args", *log, *given])
+        return subprocess.Popen([sys.executable, "-m", "nmp.nodes.supervisor", "--ros-args", *log, *given])
+
+    @property
+    def node_pid(self) -> int:
+        """The process that maps: the child of the supervisor."""
+        return int(Path(f"/proc/{self.node.pid}/task/{self.node.pid}/children").read_text().split()[0])
 
     def close(self) -> int:
         self.driver.end()
@@ -225,12 +230,13 @@ class Bench:
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
         """No file of the node can grow (EFBIG, where a full disk says ENOSPC)."""
-        soft, hard = resource.prlimit(self.node.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(self.node.pid, resource.RLIMIT_FSIZE, (0, hard))
+        pid = self.node_pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
         try:
             yield
         finally:
-            resource.prlimit(self.node.pid, resource.RLIMIT_FSIZE, (soft, hard))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
     @contextlib.contextmanager
     def corrupted(self) -> Iterator[None]:
@@ -273,10 +279,8 @@ class Bench:
 
     @contextlib.contextmanager
     def killed(self) -> Iterator[None]:
-        self.node.kill()
-        self.node.wait()
         yield
-        self.node = self.start_node()
+        os.kill(self.node_pid, signal.SIGKILL)
 
     @contextlib.contextmanager
     def truncated(self) -> Iterator[None]:
@@ -331,11 +335,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bag", type=Path)
     parser.add_argument("--hold", type=float, default=4.0, help="how long a fault lasts, s")
+    parser.add_argument("--only", default="", help="faults whose name has this in it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.bag, Path(folder), args.hold)
-        found = [bench.inject(name, fault) for name, fault in faults(bench)]
+        found = [bench.inject(name, fault) for name, fault in faults(bench) if args.only in name]
         result = {"bag": args.bag.name, "hold_s": args.hold, "faults": found, "exit_code": bench.close()}
     text = json.dumps(result, indent=2)
     print(text)

@@ -1,11 +1,13 @@
 """Run player and mapping node as two processes over DDS, and measure what is lost, how late layers are, and memory.
 
-    python benchmarks/node.py BAG --seconds 120 [--rate 1.0] [--set min_cameras=5 ...] [--out node.json]
+    python benchmarks/node.py BAG --seconds 120 [--fast] [--rate 1.0] [--set min_cameras=5 ...] [--out node.json]
 
-The bag is played in a loop. Prints (and writes) JSON: frames asked for, answered and lost, latency from a frame's
-last message to its layers (s), median seconds of each stage, the share of ROS in them (taking messages apart and
-layers out; DDS itself is not in it), and the node's memory (MB) after a quarter and at the end. Drops count every
-jump of the clock, also where no frame is lost.
+The bag is played in a loop, with ``--fast`` as six cameras at 12 Hz (benchmarks/fast_cameras.py). The node has the
+parameters of config/cpu.yaml. Prints (and writes) JSON: images of the front camera and layers a second, keyframes that
+were asked for and lost, latency from a frame's last message to its layers (s), median seconds of each stage, the share
+of ROS in them (taking messages apart and layers out; DDS itself is not in it), CPU time of both processes (of one
+core), the node's memory (MB) after a quarter and at the end, and how busy the machine was with other things (of all
+cores). Drops count every jump of the clock, also where no frame is lost.
 """
 
 from __future__ import annotations
@@ -22,16 +24,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from fast_cameras import write_fast_bag
+
 import nmp
 
 PROFILE = Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"
+NO_LOSS = ("clock jump", "node ended")
+"""drops that come from playing in a loop, and from the end"""
 ROS_STAGES = ("assembling", "publishing")
 
 
 def start(role: str, environment: dict[str, str], **parameters: Any) -> subprocess.Popen[bytes]:
     """Start a node of nmp with these parameters."""
     given = [a for name, value in parameters.items() for a in ("-p", f"{name}:={value}")]
-    command = [sys.executable, "-m", f"nmp.nodes.{role}_node", "--ros-args", "--log-level", "warn", *given]
+    config = ["--params-file", str(PROFILE.with_name("cpu.yaml"))]
+    command = [sys.executable, "-m", f"nmp.nodes.{role}_node", "--ros-args", "--log-level", "warn", *config, *given]
     return subprocess.Popen(command, env=environment)
 
 
@@ -41,7 +49,19 @@ def memory_mb(process: subprocess.Popen[bytes]) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str]) -> dict[str, Any]:
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """Return the CPU time that a process has used, s (Linux)."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_s() -> float:
+    """Return the CPU time that all processes have used since the machine was started, s (Linux)."""
+    user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+    return sum(int(ticks) for ticks in (user, nice, system, *interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast: bool) -> dict[str, Any]:
     """Play a bag into a node for so long, and return what it counted."""
     environment = os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
@@ -49,15 +69,19 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str]) -> di
         "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),
     }
     with tempfile.TemporaryDirectory() as folder:
+        if fast:
+            write_fast_bag(bag, bag := Path(folder) / f"{bag.name}-12hz")
         stats = Path(folder) / "stats.json"
         node = start("mapping", environment, stats_file=stats, prior_dir=f"{folder}/prior", **extra)
         player = start("player", environment, bag=bag, rate=rate, loop="true", wait_for_subscribers=120.0)
-        memory = []
+        memory: list[float] = []
+        used: list[tuple[float, float, float, float]] = []
         try:
             time.sleep(10.0)  # the network is loaded meanwhile
             end = time.monotonic() + seconds
             while time.monotonic() < end and node.poll() is None and player.poll() is None:
                 memory.append(memory_mb(node))
+                used.append((time.monotonic(), cpu_s(node), cpu_s(player), busy_s()))
                 time.sleep(1.0)
         finally:
             for process in (player, node):
@@ -68,6 +92,8 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str]) -> di
     work = sum(value for name, value in stages.items() if name != "waiting")
     quarter = max(len(memory) // 4, 1)
     lost = counted["frames_received"] - counted["frames_answered"] - sum(counted["skips"].values())
+    last, first = np.array(used[-1]), np.array(used[0])
+    spent, of_node, of_player, in_all = last - first
     return {
         "bag": bag.name,
         "rate": rate,
@@ -75,6 +101,12 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str]) -> di
         "parameters": extra,
         **counted,
         "lost": lost,
+        "keyframes_lost": sum(count for cause, count in counted["drops"].items() if cause not in NO_LOSS),
+        "images_hz": round(counted["frames_received"] / counted["seconds"], 2),
+        "layers_hz": round(counted["frames_answered"] / counted["seconds"], 2),
+        "cpu_of_node": round(of_node / spent, 3),
+        "cpu_of_player": round(of_player / spent, 3),
+        "busy_with_others": round((in_all - of_node - of_player) / spent / (os.cpu_count() or 1), 3),
         "ros_share": round(sum(stages[name] for name in ROS_STAGES) / work, 4),
         "memory_mb": [round(memory[quarter], 1), round(memory[-1], 1)] if memory else None,
     }
@@ -85,10 +117,12 @@ def main() -> None:
     parser.add_argument("bag", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--rate", type=float, default=1.0)
+    parser.add_argument("--fast", action="store_true", help="six cameras at 12 Hz, keyframes as in the bag")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the node")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(measure(args.bag, args.seconds, args.rate, dict(s.split("=", 1) for s in args.set)), indent=2)
+    extra = dict(s.split("=", 1) for s in args.set)
+    text = json.dumps(measure(args.bag, args.seconds, args.rate, extra, args.fast), indent=2)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -21,7 +21,7 @@ from typing import Any
 from children import Children, MemoryMeter
 from drive import environment
 from scenes import drive_scenes, scenes_of
-from simulated import simulated
+from simulated import AGREEMENT_MIOU, simulated
 from stage import Stage, Steps, milliseconds
 
 from nmp.errors import NmpError
@@ -142,6 +142,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{steps.total:.0f} s, at most {metrics['peak_memory_mb'] / 1e3:.1f} GB of memory")
     print(f"\nOpen {args.out / 'report.html'}")
     print(f"Watch the drives in a browser: {_here(Path(sys.executable).parent / 'nmp')} view {_here(args.out)}")
+    if metrics.get("replay_check", {}).get("agrees") is False:
+        raise NmpError(
+            f"replay and DDS score more than {AGREEMENT_MIOU:g} mIoU apart on the second pass: please report it with "
+            f"{args.out / 'metrics.json'}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,7 +83,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
     nodes = [
         Node(
             package="nmp",
-            executable="mapping_node",
+            executable="mapping_supervisor",  # a mapping node that is started anew when it was killed
             name="mapping_node",
             output="screen",
             parameters=[params_file, {"use_sim_time": use_sim_time, **overrides}],

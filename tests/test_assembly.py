@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import copy
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from nmp.assembly import FrameAssembler
-from nmp.bags.reader import BagMessage
+from nmp.bags.reader import STORE, BagMessage
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame
 from nmp.geometry import transform_from
+from nmp.messages import stamp_of_cdr
 from tests.bag_fixtures import HEIGHT, LOCATION, START_NS, WIDTH, bag_messages, camera_rig, ego, feed, jpeg, make_bag
 
 NS = 10**9
@@ -585,3 +587,66 @@ def test_reset_forgets_what_waits_but_no_calibration(keyframes: Messages) -> Non
     calibration = [m for m in keyframes if m.topic.endswith("camera_info") or m.topic in ("/tf_static", "/location")]
     frames, _ = run([m for m in keyframes if m not in calibration], assembler)
     assert len(frames) == 5 and not assembler.drops  # the same stamps again, and no clock jump
+
+
+# ---------------------------------------------------------------------------------------------------- fast cameras
+
+
+def test_only_images_of_frames_are_opened(stream: Messages) -> None:
+    """Sealed images are those that come serialised: 12 Hz, of which 4 Hz are mapped."""
+    assembler = FrameAssembler(max_rate=4.0)
+    opened: list[str] = []
+    frames = []
+    for m in stream:
+        camera = m.topic.split("/")[1]
+        if m.topic == image_of(camera):
+            data = STORE.serialize_cdr(m.message, "sensor_msgs/msg/CompressedImage")
+
+            def fetch(data: Any = data, camera: str = camera) -> Any:
+                opened.append(camera)
+                return STORE.deserialize_cdr(data, "sensor_msgs/msg/CompressedImage")
+
+            assert stamp_of_cdr(bytes(data)) == m.stamp_ns
+            assembler.add_sealed_image(camera, stamp_of_cdr(bytes(data)), fetch, "compressed")
+            frames += assembler.pop_frames()
+        else:
+            frames += feed(assembler, [m])
+    plain, _ = run(stream, FrameAssembler(max_rate=4.0), flush=False)
+    assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in plain] and len(frames) == 8
+    assert all(a.shots[5].image == b.shots[5].image for a, b in zip(frames, plain, strict=True))
+    # now and then a neighbour is looked at before the nearest image is there
+    assert 6 * len(frames) <= len(opened) < 9 * len(frames)
+
+
+def test_a_serialised_stamp_is_read_in_both_byte_orders() -> None:
+    assert stamp_of_cdr(b"\0\1\0\0" + (5).to_bytes(4, "little") + (7).to_bytes(4, "little")) == 5 * NS + 7
+    assert stamp_of_cdr(b"\0\0\0\0" + (5).to_bytes(4, "big") + (7).to_bytes(4, "big") + b"more") == 5 * NS + 7
+    with pytest.raises(NmpError, match="11 bytes has no header"):
+        stamp_of_cdr(bytes(11))
+
+
+def test_bytes_that_are_no_message_are_a_bad_image(keyframes: Messages) -> None:
+    assembler = FrameAssembler(min_cameras=5)
+
+    def broken() -> Any:
+        raise RuntimeError("buffer is too small")
+
+    frames = []
+    for m in keyframes:
+        if m.topic == image_of("cam_back"):
+            assembler.add_sealed_image("cam_back", m.stamp_ns, broken, "compressed")
+        else:
+            frames += feed(assembler, [m])
+    assert [len(frame.shots) for frame in frames] == [5] * 5
+    assert "no message (buffer is too small)" in assembler.lost["cam_back"]
+
+
+def test_keyframes_are_an_interval_apart(stream: Messages) -> None:
+    frames, _ = run(stream, FrameAssembler(max_rate=4.0), flush=False)
+    assert not any(f.keyframe for f in frames)  # none unless asked for
+    assembler = FrameAssembler()
+    assembler.limits = replace(assembler.limits, keyframe_rate=2.0)
+    frames, _ = run(stream, assembler, flush=False)
+    assert [i for i, f in enumerate(frames) if f.keyframe] == [0, 6, 12, 18]
+    with pytest.raises(NmpError, match="keyframe_rate is -1"):
+        replace(assembler.limits, keyframe_rate=-1.0)

@@ -62,3 +62,15 @@ def test_bad_arguments_end_in_one_line(arguments: tuple[str, ...], message: str,
     assert done.returncode == 2
     [line] = [text for text in done.stderr.splitlines() if "error" in text]
     assert message in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("difference", "answered", "expected"), [(0.1, 42, True), (0.11, 42, False), (0.0, 41, None), (5.0, 41, None)]
+)
+def test_replay_must_score_as_dds_does(
+    difference: float, answered: int, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    from simulated import agrees  # type: ignore[import-not-found]
+
+    assert agrees(difference, answered, 42) is expected

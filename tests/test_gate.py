@@ -11,12 +11,14 @@ import torch
 from bag_fixtures import bag_messages, feed, make_bag
 
 from nmp.assembly import FrameAssembler
+from nmp.errors import NmpError
 from nmp.frame import Frame
 from nmp.gate import CONFIRMED, JUMPS, SETTLING, UNCERTAIN, GateLimits, PoseGate, doubted
 from nmp.geometry import transform_from_xyyaw
 from nmp.mapper import OnlineMapper
 from nmp.model import BEVNetwork, NetworkConfig, save_network
 from nmp.model.fusion import EVIDENCE_SCALE
+from nmp.nodes.parameters import GATE, PARAMETERS
 from nmp.prior import CityPrior
 
 CONFIG = NetworkConfig(
@@ -232,3 +234,12 @@ def test_the_search_of_the_network_reaches_the_gate(weights: Path, frames: list[
     assert seen[0] is not None and seen[0].shape == (6,)
     # nothing is stored yet: the search claims nothing
     assert np.abs(seen[0][:3]).max() < 1e-3 and seen[0][3] > 0.8
+
+
+def test_every_limit_is_a_parameter_of_the_node_with_its_default_in_range() -> None:
+    limits = dataclasses.asdict(GateLimits())
+    declared = {p.name.removeprefix(GATE): p for p in PARAMETERS if p.name.startswith(GATE)}
+    assert {name: p.default for name, p in declared.items()} == limits
+    assert all(p.low <= float(limits[name]) <= p.high and p.low < p.high for name, p in declared.items())
+    with pytest.raises(NmpError, match="blind_yaw_rad of the gate is 0.01, yaw_rad 0.04"):
+        GateLimits(blind_yaw_rad=0.01)

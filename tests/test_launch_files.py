@@ -129,16 +129,16 @@ def test_mapping_starts_without_any_argument(stubbed: ModuleType) -> None:
 
 def test_live_start_leaves_the_parameter_file_alone(stubbed: ModuleType) -> None:
     nodes = start(stubbed)
-    assert set(nodes) == {"mapping_node"}
-    assert nodes["mapping_node"]["parameters"] == ["params.yaml", {"use_sim_time": False}]
-    assert nodes["mapping_node"]["name"] == "mapping_node"
+    assert set(nodes) == {"mapping_supervisor"}
+    assert nodes["mapping_supervisor"]["parameters"] == ["params.yaml", {"use_sim_time": False}]
+    assert nodes["mapping_supervisor"]["name"] == "mapping_node"
 
 
 def test_bag_start(stubbed: ModuleType) -> None:
     nodes = start(stubbed, bag="/b", rate="0.5", loop="true", prior="/p", weights="/w", location="boston-seaport")
-    assert set(nodes) == {"mapping_node", "player_node"}
+    assert set(nodes) == {"mapping_supervisor", "player_node"}
     assert nodes["player_node"]["parameters"] == [{"bag": "/b", "rate": 0.5, "loop": True}]
-    assert nodes["mapping_node"]["parameters"][1] == {
+    assert nodes["mapping_supervisor"]["parameters"][1] == {
         "use_sim_time": True,
         "prior_dir": "/p",
         "weights": "/w",
@@ -152,7 +152,7 @@ def test_bag_start(stubbed: ModuleType) -> None:
 )
 def test_use_sim_time(stubbed: ModuleType, bag: str, choice: str, expected: bool) -> None:
     nodes = start(stubbed, bag=bag, use_sim_time=choice, rviz="true")
-    assert nodes["mapping_node"]["parameters"][1]["use_sim_time"] is expected
+    assert nodes["mapping_supervisor"]["parameters"][1]["use_sim_time"] is expected
     assert nodes["rviz2"]["parameters"] == [{"use_sim_time": expected}]
 
 
@@ -169,10 +169,10 @@ def test_executables_exist(stubbed: ModuleType) -> None:
 
 def test_files_that_the_launch_file_needs_are_installed(stubbed: ModuleType) -> None:
     for platform in ("cpu", "gpu"):
-        chosen = start(stubbed, platform=platform, params_file="")["mapping_node"]["parameters"][0]
+        chosen = start(stubbed, platform=platform, params_file="")["mapping_supervisor"]["parameters"][0]
         assert chosen.args[0][1:] == ["config", f"{platform}.yaml"]
         assert (PACKAGE / "nmp" / "config" / f"{platform}.yaml").is_file()
-    assert start(stubbed, autostart="false")["mapping_node"]["parameters"][1]["autostart"] is False
+    assert start(stubbed, autostart="false")["mapping_supervisor"]["parameters"][1]["autostart"] is False
     rviz = start(stubbed, rviz="true")["rviz2"]["arguments"]
     assert rviz[0] == "-d" and rviz[1].args[0][1:] == ["rviz", RVIZ_FILE.name]
     for folder in ("launch", "rviz"):
@@ -181,17 +181,34 @@ def test_files_that_the_launch_file_needs_are_installed(stubbed: ModuleType) -> 
         assert not link.readlink().is_absolute()
 
 
-def test_real_launch() -> None:
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("mapping", {"bag": "/b"}, ["mapping_supervisor", "player_node"]),
+        ("mapping", {"rviz": "true"}, ["mapping_supervisor", "rviz2"]),
+        ("visualization", {}, ["rviz2"]),
+        (
+            "replay_eval",
+            {"bag": "/b", "maps": "/m", "out": "/o"},
+            ["recorder_node", "mapping_node", "player_node"],
+        ),
+    ],
+)
+def test_real_launch(name: str, given: dict[str, str], expected: list[str]) -> None:
     launch = pytest.importorskip("launch")
     pytest.importorskip("launch_ros")
     if not hasattr(launch, "LaunchService"):
         pytest.skip("another package named launch")
+    from launch_ros.actions import Node
+
     context = launch.LaunchContext()
-    context.launch_configurations.update({"bag": "/b", "params_file": str(PARAMS_FILE)})
-    nodes = []
-    for entity in load().generate_launch_description().entities:
-        nodes += entity.execute(context) or []
-    assert [node.node_executable for node in nodes] == ["mapping_node", "player_node"]
+    context.launch_configurations.update({"params_file": str(PARAMS_FILE), **given})
+    started = []
+    for entity in load(name).generate_launch_description().entities:
+        started += entity.execute(context) or []
+    nodes = [action for action in started if isinstance(action, Node)]
+    assert [node.node_executable for node in nodes] == expected
+    assert all(node.node_package in ("nmp", "rviz2") for node in nodes)
 
 
 def test_rviz_shows_the_topics_of_the_node() -> None:

@@ -40,7 +40,7 @@ from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import to_ns, to_occupancy_grids  # noqa: E402
 from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
-from nmp.nodes.mapping_node import QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
+from nmp.nodes.mapping_node import OVERTAKEN, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
@@ -186,7 +186,7 @@ def spoiled(messages: list[BagMessage], topic: str, index: int, change: Callable
 
 
 def test_layers_are_published(world: Ros, drive: Path) -> None:
-    rig = Rig(world)
+    rig = Rig(world, queue_size=10)  # the first picture takes a second or more
     rig.play(drive)
     assert until(lambda: all(len(v) == 4 for v in rig.layers.values())), rig.drops
     assert not rig.drops
@@ -352,13 +352,23 @@ def test_mapper_fails_and_the_node_lives_on(world: Ros, drive: Path, error: Exce
 
 
 def test_slow_mapper_drops_the_oldest(world: Ros, tmp_path: Path) -> None:
-    rig = Rig(world, FakeMapper(seconds=0.3), queue_size=1)
+    rig = Rig(world, FakeMapper(seconds=0.3), queue_size=1, keyframe_rate=100.0)
     rig.play(make_bag(tmp_path, frames=12, period=1 / 12), rate=1.0, seconds=1.0)
     answered = len(rig.mapper.frames)
     assert 3 <= answered <= 9
     assert rig.drops == {QUEUE_FULL: 12 - answered}
     assert rig.mapper.frames[-1].stamp_ns == FIRST_NS + round(11 / 12 * 1e6) * 1000  # the newest survives
     assert rig.node.statistics.latency(50) < 0.8
+
+
+def test_fast_cameras_lose_no_keyframe_and_the_newest_frames_fill_in(world: Ros, tmp_path: Path) -> None:
+    rig = Rig(world, FakeMapper(seconds=0.2))
+    rig.play(make_bag(tmp_path, frames=13, period=1 / 12), rate=1.0, seconds=1.2)
+    stamps = [frame.stamp_ns for frame in rig.mapper.frames]
+    keys = [FIRST_NS + round(i / 12 * 1e6) * 1000 for i in (0, 6, 12)]
+    assert set(keys) <= set(stamps) and stamps == sorted(stamps) and len(stamps) < 13
+    assert not rig.drops and rig.node.statistics.skips == {OVERTAKEN: 13 - len(stamps)}
+    assert [frame.keyframe for frame in rig.mapper.frames] == [stamp in keys for stamp in stamps]
 
 
 def test_a_prior_that_cannot_be_saved_is_an_error_while_layers_go_out(world: Ros, drive: Path) -> None:

@@ -97,12 +97,14 @@ class Making:
 
     def __init__(self) -> None:
         self.made: list[weakref.ref[FakeMapper]] = []
+        self.threads: set[str] = set()
         self.error: Exception | None = None
 
     def __call__(self, settings: Settings) -> FakeMapper:
         if self.error:
             raise self.error
         mapper = FakeMapper()
+        self.threads.add(threading.current_thread().name)
         self.made.append(weakref.ref(mapper))
         return mapper
 
@@ -142,6 +144,7 @@ def test_the_whole_life(world: Ros, drive: Path) -> None:
         assert until(lambda: listeners(rig) == 0)
     assert change(rig, Transition.TRANSITION_CLEANUP)
     assert rig.node.state == "unconfigured"
+    assert making.threads == {"mapper"}  # where it runs too: see MappingNode._load
     assert not rig.node.get_publishers_info_by_topic("/mapping_node/layers/divider")
     assert change(rig, Transition.TRANSITION_CONFIGURE) and change(rig, Transition.TRANSITION_CLEANUP)
     assert rig.node.shutdown() == 0 and rig.node.state == "finalized" and world.stop.is_set()

@@ -46,12 +46,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class FakeMapper:
     """Answers every frame, or refuses those at the given positions."""
 
-    def __init__(self, refuse: tuple[int, ...] = ()) -> None:
+    def __init__(self, refuse: tuple[int, ...] = (), device: str = "cpu") -> None:
         self.refuse = refuse
+        self.device = torch.device(device)
         self.seen = self.flushed = 0
+        self.ahead: list[bool] = []
 
-    def update(self, frame: Frame) -> LocalMap:
+    def decode(self, frame: Frame) -> Frame:
+        return frame
+
+    def update(self, frame: Frame, decoded: Frame | None = None) -> LocalMap:
         self.seen += 1
+        self.ahead.append(decoded is frame)
         if self.seen - 1 in self.refuse:
             raise NmpError(f"frame {self.seen - 1} is no good: take another")
         grid = BevGrid()
@@ -62,6 +68,14 @@ class FakeMapper:
 
     def flush(self) -> None:
         self.flushed += 1
+
+
+def test_images_are_decoded_ahead_where_a_gpu_computes(drive: Path, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        mapper = FakeMapper(refuse=(1,), device=device)
+        summary = replay(drive, mapper, tmp_path / device, progress=False)  # type: ignore[arg-type]
+        assert mapper.ahead == [device == "cuda"] * FRAMES and summary.frames == FRAMES - 1
+    assert digest(tmp_path / "cpu") == digest(tmp_path / "cuda")
 
 
 def digest(folder: Path) -> dict[str, str]:

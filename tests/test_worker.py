@@ -13,8 +13,8 @@ from nmp.frame import Frame
 from nmp.nodes.worker import Waiting, Worker
 
 
-def frame(number: int) -> Waiting:
-    return Waiting(Frame(number, "town", np.eye(4), ()), 0.0, 0.0)
+def frame(number: int, keyframe: bool = True) -> Waiting:
+    return Waiting(Frame(number, "town", np.eye(4), (), keyframe=keyframe), 0.0, 0.0)
 
 
 class Gate:
@@ -44,6 +44,31 @@ def test_the_oldest_frames_are_dropped_and_jobs_come_first() -> None:
     done.result(10)
     assert worker.close(10)
     assert gate.answered[:1] == [0] and set(gate.answered) <= {0, 3, 4}
+
+
+def test_keyframes_wait_and_of_the_others_only_the_newest() -> None:
+    gate = Gate()
+    worker = Worker(gate)
+    worker.offer([frame(0)], 2)
+    assert gate.begun.wait(10)
+
+    def gone(*frames: Waiting) -> list[int]:
+        return [w.frame.stamp_ns for w in worker.offer(frames, 2)]
+
+    assert gone(frame(1, False)) == [] and gone(frame(2, False)) == [1]
+    assert gone(frame(3)) == [2]  # a keyframe is never behind an older frame
+    assert gone(frame(4, False)) == [] and gone(frame(5)) == [4] and gone(frame(6, False), frame(7, False)) == [6]
+    assert worker.waiting == 3
+    assert gone(frame(8)) == [3, 7]  # more keyframes than may wait
+    assert gone(frame(9, False)) == []
+    gate.go.set()
+    worker.submit(lambda: None).result(10)
+    for _ in range(1000):
+        if len(gate.answered) == 4:
+            break
+        threading.Event().wait(0.01)
+    assert gate.answered == [0, 5, 8, 9]
+    assert worker.close(10)
 
 
 def test_errors_belong_to_who_asked() -> None:

@@ -36,6 +36,7 @@ setup(
     entry_points={
         "console_scripts": [
             "mapping_node = nmp.nodes.mapping_node:main",
+            "mapping_supervisor = nmp.nodes.supervisor:main",
             "player_node = nmp.nodes.player_node:main",
             "recorder_node = nmp.nodes.recorder_node:main",
         ],

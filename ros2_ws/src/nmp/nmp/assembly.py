@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from nmp import topics
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Camera, CameraShot, Frame
 from nmp.geometry import Array, interpolate, inverse, yaw_of
-from nmp.messages import NS, Picture, content, frame_id, picture_of, seconds, stamp_ns, transform_of
+from nmp.messages import NS, Picture, content, frame_id, seconds, stamp_ns, transform_of
 
 CLOCK_JUMP_NS = NS
 """A stamp further back than this starts a new time line (a looped bag, a reset clock)."""
@@ -79,6 +79,8 @@ class Limits:
     """cameras that a frame needs, the anchor among them; those that are lost are left out"""
     max_rate: float = 0.0
     """frames a second (of stamps) at most: anchor images between them are left alone; 0: every one makes a frame"""
+    keyframe_rate: float = 0.0
+    """keyframes a second (of stamps): the first frame, and each so long after the last one; 0: none"""
 
     def __post_init__(self) -> None:
         for name, value in (("max_camera_spread", self.max_camera_spread), ("max_pose_age", self.max_pose_age)):
@@ -88,6 +90,8 @@ class Limits:
             raise NmpError(f"min_cameras is {self.min_cameras}: choose 1 to {len(CAMERAS)}")
         if not (math.isfinite(self.max_rate) and self.max_rate >= 0):
             raise NmpError(f"max_rate is {self.max_rate}: give frames a second, or 0 for all")
+        if not (math.isfinite(self.keyframe_rate) and self.keyframe_rate >= 0):
+            raise NmpError(f"keyframe_rate is {self.keyframe_rate}: give frames a second, or 0 for none")
 
     @property
     def spread_ns(self) -> int:
@@ -103,8 +107,8 @@ class Limits:
 
     @property
     def interval_ns(self) -> int:
-        """Least time between two anchors; a tenth less, because cameras are not exact."""
-        return round(0.9 * NS / self.max_rate) if self.max_rate else 0
+        """Least time between two anchors."""
+        return _interval_ns(self.max_rate)
 
 
 class FrameAssembler:
@@ -165,6 +169,7 @@ class FrameAssembler:
         self._poses: list[_Pose] = []
         self._anchors_seen: deque[int] = deque(maxlen=8 * self._queue_size)
         self._next_anchor_ns = -(2**63)
+        self._next_key_ns = -(2**63)
         self._closed_ns = -(2**63)  # anchors up to this are answered or given up
         self._orphans: deque[int] = deque(maxlen=8 * self._queue_size)  # moments without an anchor, counted once
         self._ready: list[Frame] = []
@@ -254,8 +259,11 @@ class FrameAssembler:
 
     def add_image(self, name: str, msg: Any) -> None:
         """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (rgb8, bgr8)."""
-        stamp = stamp_ns(msg)
-        topic = topics.image_topic(self.prefixes[name], "raw" if hasattr(msg, "encoding") else "compressed")
+        self.add_sealed_image(name, stamp_ns(msg), lambda: msg, "raw" if hasattr(msg, "encoding") else "compressed")
+
+    def add_sealed_image(self, name: str, stamp: int, fetch: Callable[[], Any], transport: str) -> None:
+        """Take an image of which only the stamp (ns) is known; ``fetch`` is called if a frame is made of it."""
+        topic = topics.image_topic(self.prefixes[name], transport)
         self._advance(name, stamp)
         self._lost.discard(name)
         queue = self._images[name]
@@ -270,7 +278,7 @@ class FrameAssembler:
                 self.skipped += 1
                 return
             self._next_anchor_ns = stamp + self.limits.interval_ns
-        queue.insert(at, picture_of(topic, stamp, msg))
+        queue.insert(at, Picture(topic, stamp, fetch))
         if len(queue) > self._queue_size:
             if name == ANCHOR_CAMERA:
                 self._settle(hurry=True)
@@ -367,7 +375,7 @@ class FrameAssembler:
         self._check_continuity(pictures[first].stamp_ns, pictures[last].stamp_ns)
         try:
             shots = tuple(
-                CameraShot(self._camera(c), picture.stamp_ns, content(picture.message), poses[c].map_from_base)
+                CameraShot(self._camera(c), picture.stamp_ns, content(picture.look.message), poses[c].map_from_base)
                 for c, picture in pictures.items()
             )
         except (ValueError, TypeError) as exc:
@@ -375,7 +383,11 @@ class FrameAssembler:
         self._lost = set(lost)
         self.lost = {self.prefixes[name]: text for name, text in lost.items()}
         ego = poses[ANCHOR_CAMERA]
-        return Frame(anchor.stamp_ns, self.location, ego.map_from_base, shots, ego.position_std, ego.yaw_std)
+        key = self.limits.keyframe_rate > 0 and anchor.stamp_ns >= self._next_key_ns
+        if key:
+            self._next_key_ns = anchor.stamp_ns + _interval_ns(self.limits.keyframe_rate)
+        stds = ego.position_std, ego.yaw_std
+        return Frame(anchor.stamp_ns, self.location, ego.map_from_base, shots, *stds, keyframe=key)
 
     def _pictures(self, anchor: Picture, final: bool) -> tuple[dict[str, Picture], dict[str, str]]:
         """Return the images that belong to an anchor, in the order of ``CAMERAS``, and why cameras have none.
@@ -388,8 +400,8 @@ class FrameAssembler:
         for name in CAMERAS:
             try:
                 picture = anchor if name == ANCHOR_CAMERA else self._nearest(name, anchor.stamp_ns, final)
-                if picture.fault:
-                    raise _Refused(*picture.fault)
+                if picture.look.fault:
+                    raise _Refused(*picture.look.fault)
                 self._check_size(name, picture)
                 pictures[name] = picture
             except _Waiting as exc:
@@ -404,8 +416,8 @@ class FrameAssembler:
 
     def _check_size(self, name: str, picture: Picture) -> None:
         camera = self._camera(name)
-        if picture.size != (camera.width, camera.height):
-            got, info = "{} x {}".format(*picture.size), f"{camera.width} x {camera.height}"
+        if picture.look.size != (camera.width, camera.height):
+            got, info = "{} x {}".format(*picture.look.size), f"{camera.width} x {camera.height}"
             raise _Refused(
                 "wrong image size",
                 f"{name}: image is {got} pixels but {topics.camera_info_topic(self.prefixes[name])} says {info}: "
@@ -530,6 +542,11 @@ class FrameAssembler:
                     f"check {topic} and its stamps",
                 )
         del queue[:count]
+
+
+def _interval_ns(rate: float) -> int:
+    """Return the time between frames at a rate (Hz, 0 for no limit); a tenth less, because cameras are not exact."""
+    return round(0.9 * NS / rate) if rate else 0
 
 
 def _by_stamp(item: Picture | _Pose) -> int:

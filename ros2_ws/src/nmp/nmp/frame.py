@@ -77,6 +77,8 @@ class Frame:
     """standard deviation of the ego position, m"""
     yaw_std: float = 0.0
     """standard deviation of the heading, rad"""
+    keyframe: bool = True
+    """may not be left out when there is more to map than time; others make way for newer ones"""
 
 
 @dataclass(frozen=True)

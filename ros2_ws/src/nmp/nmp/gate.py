@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nmp.errors import NmpError
 from nmp.frame import Frame
 from nmp.geometry import yaw_of
 
@@ -57,8 +58,16 @@ class GateLimits:
     agreed_m: float = 0.6
     """the stored map confirms a pose when the search is as sure as this (standard deviation), and finds it no further
     off than twice this, m"""
-    agreed_rad: float = math.radians(1.25)
-    """of the heading, rad"""
+    agreed_rad: float = 0.0218
+    """of the heading, rad: 1.25 degrees, a step of the search"""
+
+    def __post_init__(self) -> None:
+        for near, far in (("position_m", "blind_position_m"), ("yaw_rad", "blind_yaw_rad")):
+            if not getattr(self, near) < getattr(self, far):
+                raise NmpError(
+                    f"{far} of the gate is {getattr(self, far):g}, {near} {getattr(self, near):g}: it is read up "
+                    "to the first, and written up to the second, which must be less"
+                )
 
 
 class _Pose(NamedTuple):

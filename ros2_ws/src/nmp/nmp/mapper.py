@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,16 @@ def default_prior_dir() -> Path:
     """Return the folder of the city prior when none is named (XDG base directory specification)."""
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "nmp" / "prior"
+
+
+class Decoded(NamedTuple):
+    """The images of a frame as the network takes them, see :func:`nmp.model.preprocess.network_input`."""
+
+    images: Tensor
+    pixel_from_base: Tensor
+    present: Tensor
+    seconds: float
+    """what decoding took, s"""
 
 
 class OnlineMapper:
@@ -105,6 +116,11 @@ class OnlineMapper:
         )
 
     @property
+    def device(self) -> torch.device:
+        """What the network is computed on."""
+        return self._runner.device
+
+    @property
     def grid(self) -> BevGrid:
         """The grid of the published layers."""
         return self.config.layer_grid
@@ -122,16 +138,26 @@ class OnlineMapper:
             )
         return self._cities[location]
 
-    def update(self, frame: Frame) -> LocalMap:
+    def decode(self, frame: Frame) -> Decoded:
+        """Decode the images of a frame, for :meth:`update`; from any thread. Raises :class:`NmpError` for bad ones."""
+        begin = time.monotonic()
+        images = masked_input(frame, self.config, self._min_cameras)
+        return Decoded(*images, time.monotonic() - begin)
+
+    def update(self, frame: Frame, decoded: Decoded | None = None) -> LocalMap:
         """Map one frame, and add what it saw to the prior, unless its pose is doubtful (:attr:`gates`).
+
+        :param decoded: its images, where they were decoded before, beside the last frame
 
         Raises :class:`NmpError` for bad input, before anything stored is changed.
         """
         if not frame.location:
             raise NmpError("frame names no location: set the parameter 'location' or publish the topic 'location'")
         clock = _Stages()
-        images = masked_input(frame, self.config, self._min_cameras)
+        ready = decoded or self.decode(frame)
+        images = ready[:3]
         clock.done("decoding")
+        clock.seconds["decoding"] = ready.seconds
         if not self.use_prior:
             answer = _checked(self._runner.run(*images))
             clock.done("network")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nmp.errors import NmpError
 from nmp.geometry import Array, transform_from
 
 NS = 1_000_000_000
 """nanoseconds per second"""
+STAMP_END = 12
+"""bytes of a serialised message up to the end of the stamp of its header"""
 
 
 def stamp_ns(msg: Any) -> int:
@@ -48,11 +54,20 @@ def bytes_of(msg: Any) -> NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A received image that was looked at but not decoded."""
+def stamp_of_cdr(data: bytes) -> int:
+    """Return the stamp (ns) of a serialised message that begins with a std_msgs/Header.
 
-    stamp_ns: int
+    It follows the four bytes that tell the encoding (OMG DDS-XTypes 1.3, 7.6.3.1.2; odd is little endian).
+    """
+    if len(data) < STAMP_END:
+        raise NmpError(f"a message of {len(data)} bytes has no header")
+    sec, nanosec = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
+    return int(sec) * NS + int(nanosec)
+
+
+class Look(NamedTuple):
+    """What was found out about an image without decoding it."""
+
     size: tuple[int, int]
     """width, height, pixels"""
     message: Any
@@ -60,8 +75,28 @@ class Picture:
     """cause and text when it cannot be used; it then stands for the image that should have been"""
 
 
-def picture_of(topic: str, stamp: int, msg: Any) -> Picture:
+@dataclass(frozen=True)
+class Picture:
+    """A received image, looked at when a frame wants it: most images of a fast camera are in no frame."""
+
+    topic: str
+    stamp_ns: int
+    fetch: Callable[[], Any]
+    """gives the message"""
+
+    @cached_property
+    def look(self) -> Look:
+        """What a first look says, taken once."""
+        return look_at(self.topic, self.stamp_ns, self.fetch)
+
+
+def look_at(topic: str, stamp: int, fetch: Callable[[], Any]) -> Look:
     """Look at a sensor_msgs/CompressedImage or Image: its size, and whether it can be whole."""
+    try:
+        msg = fetch()
+    except Exception as exc:  # a middleware says in its own ways that bytes are no message
+        text = f"{topic} at {seconds(stamp)}: this is no message ({exc}): check the camera driver"
+        return Look((0, 0), None, ("bad image", text))
     if hasattr(msg, "encoding"):
         size, need = (int(msg.width), int(msg.height)), 3 * int(msg.width)
         fault = None
@@ -69,7 +104,7 @@ def picture_of(topic: str, stamp: int, msg: Any) -> Picture:
             fault = f"{topic}: encoding '{msg.encoding}' is not supported: publish rgb8 or bgr8"
         elif min(size) <= 0 or msg.step < need or len(msg.data) < msg.step * msg.height:
             fault = f"{topic}: {len(msg.data)} bytes do not hold {size[0]} x {size[1]} pixels: check the camera driver"
-        return Picture(stamp, size, msg, ("bad image", fault) if fault else None)
+        return Look(size, msg, ("bad image", fault) if fault else None)
     try:
         data = bytes_of(msg)
         with Image.open(io.BytesIO(cast(bytes, data))) as header:  # reads the header only
@@ -79,8 +114,8 @@ def picture_of(topic: str, stamp: int, msg: Any) -> Picture:
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as exc:
         reason = "not an image" if isinstance(exc, Image.UnidentifiedImageError) else " ".join(str(exc).split())
         text = f"{topic} at {seconds(stamp)}: {len(msg.data)} bytes are damaged ({reason}): check the camera driver"
-        return Picture(stamp, (0, 0), None, ("bad image", text))
-    return Picture(stamp, size, msg)
+        return Look((0, 0), None, ("bad image", text))
+    return Look(size, msg)
 
 
 def content(msg: Any) -> bytes | NDArray[np.uint8]:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +22,17 @@ from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame, LocalMap
 from nmp.layers import LayerWriter
+from nmp.pipeline import ahead
+from nmp.process import prepare_process
 
 if TYPE_CHECKING:
-    from nmp.mapper import OnlineMapper
+    from nmp.mapper import Decoded, OnlineMapper
 
 THREADS = 2
 """Fixed, because the order of a sum, and with it the last bit, may depend on the number of threads."""
+
+DECODERS = 3
+"""frames that are decoded at a time, where that is done ahead"""
 
 REFUSED = "refused by the mapper"
 
@@ -120,6 +126,20 @@ def frames_of(reader: BagReader, assembler: FrameAssembler, location: str = "") 
     yield from assembler.flush()
 
 
+def decoded_ahead(
+    frames: Iterable[Frame], mapper: OnlineMapper
+) -> Iterator[tuple[Frame, Callable[[], Decoded] | None]]:
+    """Yield frames, each with what waits for its decoded images; on a GPU they are made ready while it computes.
+
+    On a CPU nothing is done ahead (None): both would take the cores from each other.
+    """
+    if mapper.device.type == "cpu":
+        yield from ((frame, None) for frame in frames)
+        return
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="frame") as pool:
+        yield from ahead(((frame, pool.submit(mapper.decode, frame).result) for frame in frames), 2 * DECODERS)
+
+
 def replay(
     bag: Path,
     mapper: OnlineMapper,
@@ -157,11 +177,11 @@ def maps_of(
     with BagReader(bag) as reader:
         total = keyframes_of(reader)
         begin = time.monotonic()
-        frames = frames_of(reader, assembler, location)
+        frames = decoded_ahead(frames_of(reader, assembler, location), mapper)
         bar = tqdm(frames, total=total, unit="frame", desc=bag.name, disable=None if progress else True)
-        for frame in bar:
+        for frame, decoded in bar:
             try:
-                local_map = mapper.update(frame)
+                local_map = mapper.update(frame, decoded() if decoded else None)
             except NmpError as error:
                 refused[REFUSED] += 1
                 summary.reasons[REFUSED] = str(error)
@@ -228,6 +248,7 @@ def run(args: argparse.Namespace) -> None:
     with BagReader(args.bag) as reader:  # a wrong path shows before the network is loaded
         recording = recording_of(reader)
 
+    prepare_process()
     import torch
 
     from nmp.mapper import OnlineMapper

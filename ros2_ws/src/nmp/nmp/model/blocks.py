@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -19,4 +18,4 @@ class Residual(nn.Module):
         self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.conv2(self.conv1(x)))
+        return (x + self.conv2(self.conv1(x))).relu_()

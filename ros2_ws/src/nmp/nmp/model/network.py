@@ -38,9 +38,9 @@ class BevEncoder(nn.Module):
         full = self.stem(x)
         half = self.down_half(full)
         low = self.up_half(self.down_quarter(half))
-        half = self.mix_half(torch.relu(half + functional.interpolate(low, half.shape[-2:], mode="bilinear")))
+        half = self.mix_half((half + functional.interpolate(low, half.shape[-2:], mode="bilinear")).relu_())
         up = functional.interpolate(self.up_full(half), full.shape[-2:], mode="bilinear")
-        out: Tensor = self.mix_full(torch.relu(full + up))
+        out: Tensor = self.mix_full((full + up).relu_())
         return out
 
 

@@ -82,7 +82,7 @@ def _decode(shot: CameraShot, width: int) -> NDArray[np.uint8]:
     bgr = cv2.imdecode(np.frombuffer(shot.image, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     if bgr is None:
         raise NmpError(f"{camera.name}: image data cannot be decoded: check the camera driver")
-    return np.asarray(bgr[:, :, ::-1], dtype=np.uint8)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)  # a turned view would be resized slowly
 
 
 def network_image(shot: CameraShot, config: NetworkConfig) -> NDArray[np.uint8]:

@@ -24,9 +24,9 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(inplanes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(self.conv2(y))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -44,10 +44,10 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(inplanes, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn1(self.conv1(x)).relu_()
+        y = self.bn2(self.conv2(y)).relu_()
         y = self.bn3(self.conv3(y))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 def _downsample(inplanes: int, out: int, stride: int) -> nn.Module | None:
@@ -98,7 +98,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.bn1(self.conv1(images)).relu_())
         out = []
         for index in range(self.stages):
             x = self.get_submodule(f"layer{index + 1}")(x)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
 from rclpy.node import Node
+from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
@@ -18,6 +18,7 @@ from tf2_msgs.msg import TFMessage
 
 from nmp import topics
 from nmp.assembly import FrameAssembler
+from nmp.messages import STAMP_END, stamp_of_cdr
 from nmp.nodes.parameters import SILENT_AFTER
 from nmp.nodes.qos import profile
 from nmp.nodes.settings import Settings
@@ -53,9 +54,10 @@ class Inputs:
         pose_type = Odometry if settings["pose_type"] == "odometry" else PoseWithCovarianceStamped
         for name, prefix in assembler.prefixes.items():
             image = topics.image_topic(prefix, settings["image_transport"])
-            self._listen(image_type, image, topics.SENSOR_IN, partial(assembler.add_image, name), steady=True)
+            keep = _sealed_image(assembler, name, image_type, settings["image_transport"])
+            self._listen(image_type, image, topics.SENSOR_IN, keep, steady=True, sealed=True)
             info = topics.camera_info_topic(prefix)
-            self._listen(CameraInfo, info, topics.SENSOR_IN, partial(assembler.add_camera_info, name))
+            self._listen(CameraInfo, info, topics.SENSOR_IN, _calibration(assembler, name), sealed=True)
         self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
         if not settings["extrinsics_file"]:
             static = topics.TopicQos(depth=100, latched=True)  # every broadcaster keeps a message of its own
@@ -74,8 +76,13 @@ class Inputs:
         *,
         steady: bool = False,
         drain: bool = False,
+        sealed: bool = False,
     ) -> None:
-        """Subscribe. ``drain``: take all messages that wait, not only one for every one of the other topics."""
+        """Subscribe.
+
+        :param drain: take all messages that wait, not only one for every one of the other topics
+        :param sealed: ``take`` wants the bytes as they came
+        """
 
         def on_message(msg: Any) -> None:
             begin = time.monotonic()
@@ -91,7 +98,7 @@ class Inputs:
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos))
+        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos), raw=sealed)
         self._subscriptions.append(subscription)
 
     def close(self) -> None:
@@ -131,6 +138,28 @@ class Inputs:
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)
+
+
+def _sealed_image(assembler: FrameAssembler, name: str, kind: type, transport: str) -> Callable[[bytes], None]:
+    """Return what takes the bytes of a camera's images: they become messages when a frame is made of them."""
+
+    def take(data: bytes) -> None:
+        assembler.add_sealed_image(name, stamp_of_cdr(data), lambda: deserialize_message(data, kind), transport)
+
+    return take
+
+
+def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], None]:
+    """Return what takes the bytes of a camera's calibrations: but for the stamp, one is like the other."""
+    last = b""
+
+    def take(data: bytes) -> None:
+        nonlocal last
+        if data[STAMP_END:] != last:
+            last = data[STAMP_END:]
+            assembler.add_camera_info(name, deserialize_message(data, CameraInfo))
+
+    return take
 
 
 def _waiting(subscription: Subscription) -> Iterator[Any]:

@@ -6,6 +6,7 @@ everything that touches it runs there.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,22 +27,23 @@ from nmp.assembly import FrameAssembler, Limits
 from nmp.errors import NmpError
 from nmp.extrinsics import read_extrinsics
 from nmp.frame import Frame, LocalMap
-from nmp.gate import PoseGate
+from nmp.gate import GateLimits, PoseGate
 from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
+from nmp.nodes.parameters import GATE, PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
 from nmp.nodes.statistics import RunStatistics
 from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
+from nmp.process import prepare_process
 
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
-REFUSED, QUEUE_FULL = "refused by the mapper", "queue full"
+REFUSED, QUEUE_FULL, OVERTAKEN = "refused by the mapper", "queue full", "overtaken by a newer frame"
 
 
 class Mapper(Protocol):
@@ -71,6 +74,7 @@ def load_mapper(settings: Settings) -> Mapper:
         precision=settings["precision"],
         compiled=settings["compile"],
         min_cameras=1,  # the assembler decides
+        limits=GateLimits(**{f.name: settings[GATE + f.name] for f in dataclasses.fields(GateLimits)}),
     )
 
 
@@ -152,17 +156,27 @@ class MappingNode(ManagedNode):
         extrinsics = read_extrinsics(mounting, s["cameras"]) if mounting else {}
         self.assembler = FrameAssembler(prefixes=s["cameras"], extrinsics=extrinsics)
         self._apply(set())
-        self.mapper = self._make_mapper(s)
+        self.mapper = self._load()
         self.outputs = Outputs(self, self._draw, vectors=s["vectors"], city_period_s=s["city_period"])
-        self.worker = Worker(self._answer)
 
     def _activate(self) -> None:
         if self.mapper is None:  # it was deactivated before
-            self.mapper = self._make_mapper(self.settings)
+            self.mapper = self._load()
         self.assembler.reset()
         self.paused = False
         self._inputs = Inputs(self, self.settings, self.assembler, self._arrived)
         self.get_logger().info(f"ready; waiting for {len(self.assembler.prefixes)} cameras and {topics.ODOM}")
+
+    def _load(self) -> Mapper:
+        """Make the mapper in the thread that will run it.
+
+        OpenMP keeps threads for every thread that computes; with more of them than cores they no longer wait for each
+        other awake, and each of the network's hundreds of small steps begins with waking them.
+        """
+        if self.worker is None:
+            self.worker = Worker(self._answer)
+        mapper: Mapper = self.worker.submit(partial(self._make_mapper, self.settings)).result()
+        return mapper
 
     def _deactivate(self) -> None:
         """Stop listening; save the prior, commit the drive, free the memory of the GPU."""
@@ -203,7 +217,7 @@ class MappingNode(ManagedNode):
     def _apply(self, changed: set[str]) -> None:
         """Let parameters that may change at any time take effect."""
         s = self.settings
-        names = ("max_camera_spread", "max_pose_age", "min_cameras", "max_rate")
+        names = ("max_camera_spread", "max_pose_age", "min_cameras", "max_rate", "keyframe_rate")
         self.assembler.limits = Limits(**{name: s[name] for name in names})
 
     # ------------------------------------------------------------------------------------------------------- frames
@@ -226,6 +240,9 @@ class MappingNode(ManagedNode):
             now = time.monotonic()
             each, inputs.busy_s = inputs.busy_s / len(frames), 0.0
             for old in worker.offer([Waiting(f, now, each) for f in frames], self.settings["queue_size"]):
+                if not old.frame.keyframe:
+                    self.statistics.skip(OVERTAKEN, 1)
+                    continue
                 text = f"frame {old.frame.stamp_ns}: the network is slower than the cameras: lower their rate"
                 self.statistics.drop(QUEUE_FULL, text)
 
@@ -253,7 +270,7 @@ class MappingNode(ManagedNode):
             end = time.monotonic()
             before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
             stages = {**before, **mapper.stages_s, "publishing": end - mapped}
-            self.statistics.answer(end - waiting.received_s, stages)
+            self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
             outputs.publish_extras(local_map)
@@ -302,7 +319,7 @@ class MappingNode(ManagedNode):
         return 0
 
     def _sum_up(self) -> None:
-        summary = self.statistics.summary(self.assembler.drops)
+        summary = self.statistics.summary(self.assembler.drops, self.assembler.skipped)
         drops = ", ".join(f"{count} {cause}" for cause, count in summary["drops"].items()) or "none"
         latency = [summary[f"latency_{name}_s"] for name in ("median", "p95")]
         median, p95 = ("-" if seconds is None else f"{1e3 * seconds:.0f} ms" for seconds in latency)
@@ -330,6 +347,7 @@ def _free_gpu() -> None:
 
 def main() -> None:
     """Entry point of ``ros2 run nmp mapping_node``."""
+    prepare_process()
     sys.exit(run_node(MappingNode))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nmp.frame import CAMERAS
+from nmp.gate import GateLimits
 
 SILENT_AFTER = 2.0
 """a topic without messages for so long is reported, s of wall time"""
@@ -58,6 +59,32 @@ class Parameter:
                 return f"parameter '{self.name}' has {len(value)} names: give {len(CAMERAS)} different ones"
         return ""
 
+
+GATE = "gate_"
+"""prefix of the parameters that are the fields of :class:`nmp.gate.GateLimits`"""
+
+
+def _gate(name: str, description: str, low: float, high: float) -> Parameter:
+    return Parameter(GATE + name, getattr(GateLimits(), name), description, low=low, high=high)
+
+
+_GATES = (
+    _gate("position_m", "Standard deviation of the position, m, up to which frames are stored.", 0.01, 100.0),
+    _gate("yaw_rad", "Standard deviation of the heading, rad, up to which frames are stored.", 0.001, 3.0),
+    _gate("blind_position_m", "Standard deviation of the position, m, from which the prior is not read.", 0.02, 1000.0),
+    _gate("blind_yaw_rad", "Standard deviation of the heading, rad, from which the prior is not read.", 0.002, 6.0),
+    _gate("speed", "Fastest that the car drives, m/s; faster is a jump of the pose.", 1.0, 200.0),
+    _gate("turn_rate", "Fastest that the car turns, rad/s.", 0.1, 10.0),
+    _gate("acceleration", "Hardest that the car brakes or leaves a bend, m/s^2.", 0.5, 100.0),
+    _gate("turn_acceleration", "Fastest change of the turn rate, rad/s^2.", 0.1, 100.0),
+    _gate("slack_m", "What the position may jitter between two frames, m.", 0.0, 10.0),
+    _gate("slack_rad", "What the heading may jitter between two frames, rad.", 0.0, 1.0),
+    _gate("deviations", "Standard deviations by which a motion may be off, beyond the above.", 0.0, 100.0),
+    _gate("memory_s", "Seconds without a frame after which the last motion says nothing about the next.", 0.1, 60.0),
+    _gate("settle_frames", "Consistent frames after a jump before frames are stored again.", 0, 1000),
+    _gate("agreed_m", "Standard deviation of the pose search, m, at which the stored map ends a jump.", 0.0, 10.0),
+    _gate("agreed_rad", "Standard deviation of the pose search, rad, at which the stored map ends a jump.", 0.0, 1.0),
+)
 
 PARAMETERS = (
     Parameter(
@@ -133,9 +160,17 @@ PARAMETERS = (
         high=100.0,
     ),
     Parameter(
+        "keyframe_rate",
+        2.0,
+        "Keyframes a second, in stamps: they wait for the network, other frames are mapped only while newest; 0: none.",
+        Change.ALWAYS,
+        low=0.0,
+        high=100.0,
+    ),
+    Parameter(
         "queue_size",
         2,
-        "Frames that may wait for the network; when full, the oldest is dropped.",
+        "Keyframes that may wait for the network; when full, the oldest is dropped.",
         Change.ALWAYS,
         low=1,
         high=1000,
@@ -154,6 +189,7 @@ PARAMETERS = (
         low=0.1,
         high=3600.0,
     ),
+    *_GATES,
 )
 
 PLATFORMS: dict[str, dict[str, Value]] = {

@@ -1,4 +1,7 @@
-"""Writes docs/node.md and the parameter files from the declarations: ``python -m nmp.nodes.reference``."""
+"""Writes what follows from the declarations: ``python -m nmp.nodes.reference``.
+
+These are docs/node.md, the parameter files of the platforms, and the policy for SROS 2.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from nmp import assembly
 from nmp.nodes import interface
 from nmp.nodes.parameters import PARAMETERS, PLATFORMS, SILENT_AFTER, STOP_TIMEOUT, Parameter, Value
+from nmp.nodes.policy import policy
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[3]
@@ -31,6 +35,13 @@ ros2 lifecycle set /mapping_node configure
 ros2 lifecycle set /mapping_node activate
 ```
 
+`ros2 run nmp mapping_supervisor`, which `mapping.launch.py` uses, takes the same arguments and survives what the node
+does not (a crash of a driver, the out-of-memory killer): it keeps a spare process with torch and ROS loaded, known to
+DDS, without the network. When the node is killed the spare maps on after about two seconds; what the node had not
+written yet (`flush_interval`) is lost. A node that was killed within 5 s of its start has no spare yet: it is started
+again at once, then after 1, 2, 4 ... 30 s. One that ends by itself is not started again. Both processes together take
+0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node.
+
 Names are relative, so that namespaces and remapping work as usual; `~` is the name of the node.
 """
 
@@ -48,6 +59,21 @@ cam_front: {translation: [1.7, 0.0, 1.5], rotation: [-0.5, 0.5, -0.5, 0.5]}  # m
 ```
 """
 
+_FAST_CAMERAS = """\
+Cameras may be faster than the network. Of their frames, keyframes are always mapped, in order: the first, and each that
+is 1 / `keyframe_rate` after the last (a tenth less, as cameras are not exact), by the stamps of the front camera. Any
+other frame is mapped if it is still the newest when the network has time; else it is left alone and counted as skipped
+("overtaken by a newer frame"). `max_rate` leaves images alone before a frame is made of them ("skipped: max_rate").
+Frames that are lost against the will of whoever set these are counted as dropped, by cause: "queue full" when more than
+`queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
+"""
+
+_GATES = """\
+The parameters `gate_...` say which poses are too doubtful for the prior; whatever they are, layers go out. How drives
+add up where they contradict each other (`nmp/prior/cells.py`) is no parameter: a city is folded from its drives by
+whoever opens it, and must be the same on every car.
+"""
+
 
 def page() -> str:
     """Return the text of docs/node.md."""
@@ -61,6 +87,8 @@ def page() -> str:
             ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in PARAMETERS),
         ),
         _CAMERAS,
+        _FAST_CAMERAS,
+        _GATES,
         "## Topics it listens to\n",
         "Images and poses are subscribed to as best effort. `image_transport` and `pose_type` choose other types.\n",
         _table(topics_header, (_row(t) for t in interface.inputs())),
@@ -95,7 +123,7 @@ def params_file(platform: str) -> str:
 def files() -> dict[Path, str]:
     """Return what is written, by path."""
     config = {PACKAGE / "config" / f"{name}.yaml": params_file(name) for name in PLATFORMS}
-    return {ROOT / "docs" / "node.md": page(), **config}
+    return {ROOT / "docs" / "node.md": page(), PACKAGE / "config" / "nmp.policy.xml": policy(), **config}
 
 
 def _limits() -> list[list[str]]:

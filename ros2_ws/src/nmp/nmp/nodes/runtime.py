@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,8 +29,8 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
     :class:`NmpError` or a bad parameter becomes one line on stderr and exit code 2.
     """
     stop = threading.Event()
-    # Own handlers: rclpy's would tear ROS down before the node could say and save anything.
-    rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)
+    if not rclpy.ok():
+        _init(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     executor = SingleThreadedExecutor()
@@ -53,6 +54,21 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+
+
+def open_ros() -> Node:
+    """Open ROS before there is a node to run, and return a hidden one by which DDS gets to know this process.
+
+    The caller destroys it once the other is there.
+    """
+    _init(None)
+    name = f"_nmp_spare_{os.getpid()}"
+    return rclpy.create_node(name, use_global_arguments=False, enable_rosout=False, start_parameter_services=False)
+
+
+def _init(args: Sequence[str] | None) -> None:
+    # Own handlers: rclpy's would tear ROS down before the node could say and save anything.
+    rclpy.init(args=list(args) if args is not None else None, signal_handler_options=SignalHandlerOptions.NO)
 
 
 class ToRos(logging.Handler):

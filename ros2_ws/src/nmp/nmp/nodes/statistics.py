@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,10 @@ class RunStatistics:
         self.received = 0
         """images of the anchor camera: so many frames were asked for"""
         self.answered = 0
+        self.keyframes = 0
+        """keyframes whose layers are out"""
+        self._begin_s: float | None = None
+        self._end_s = 0.0
         self._lock = threading.Lock()
         self._drops: Counter[str] = Counter()
         self._skips: Counter[str] = Counter()
@@ -27,10 +32,14 @@ class RunStatistics:
         self._latencies: deque[float] = deque(maxlen=100_000)
         self._stages: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
-    def answer(self, latency_s: float, stages_s: Mapping[str, float]) -> None:
+    def answer(self, latency_s: float, stages_s: Mapping[str, float], keyframe: bool = True) -> None:
         """Count one frame whose layers are out, with the time that each stage of it took (s)."""
         with self._lock:
             self.answered += 1
+            self.keyframes += keyframe
+            self._end_s = time.monotonic()
+            if self._begin_s is None:
+                self._begin_s = self._end_s
             self._latencies.append(latency_s)
             for stage, seconds in stages_s.items():
                 self._stages[stage].append(seconds)
@@ -76,17 +85,22 @@ class RunStatistics:
         with self._lock:
             return {stage: float(np.median(values)) for stage, values in self._stages.items()}
 
-    def summary(self, assembly_drops: Counter[str]) -> dict[str, Any]:
-        """Return everything as JSON-ready values; latency is None when nothing was answered."""
+    def summary(self, assembly_drops: Counter[str], unasked: int = 0) -> dict[str, Any]:
+        """Return everything as JSON-ready values; latency is None when nothing was answered.
+
+        :param unasked: images of the anchor camera that were left alone because of ``max_rate``
+        """
         drops = self.drops + assembly_drops
         out: dict[str, Any] = {
             "frames_received": self.received,
             "frames_answered": self.answered,
+            "keyframes_answered": self.keyframes,
+            "seconds": round(self._end_s - self._begin_s, 3) if self._begin_s is not None else 0.0,
             "dropped": sum(drops.values()),
             "drops": dict(sorted(drops.items())),
-            "skips": dict(sorted(self.skips.items())),
+            "skips": dict(sorted((self.skips + Counter({"max_rate": unasked})).items())),
         }
-        for name, percent in (("median", 50), ("p95", 95), ("max", 100)):
+        for name, percent in (("median", 50), ("p95", 95), ("p99", 99), ("max", 100)):
             out[f"latency_{name}_s"] = round(self.latency(percent), 4) if self.answered else None
         out["stages_s"] = {stage: round(seconds, 5) for stage, seconds in self.stages().items()}
         return out

@@ -1,4 +1,7 @@
-"""One thread that owns the mapper: jobs first, then frames, from a queue that never makes anybody wait."""
+"""One thread that owns the mapper: jobs first, then frames, from a queue that never makes anybody wait.
+
+Keyframes wait in the order of their stamps; of the others only one waits, as long as it is the newest frame of all.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,19 @@ class Worker:
         return len(self._queue)
 
     def offer(self, frames: Sequence[Waiting], limit: int) -> list[Waiting]:
-        """Queue frames; return the oldest ones, dropped so that at most ``limit`` wait."""
-        dropped = []
+        """Queue frames, in the order of their stamps; return those that make way for them.
+
+        These are frames that are no keyframe and no longer the newest, and the oldest of more than ``limit`` keyframes.
+        """
         with self._wake:
-            self._queue.extend(frames)
-            while len(self._queue) > limit:
-                dropped.append(self._queue.popleft())
+            before = [*self._queue, *frames]
+            newest = before[-1:]
+            keys = [w for w in before if w.frame.keyframe][-limit:]
+            kept = keys if newest and newest[0].frame.keyframe else keys + newest
+            self._queue = deque(kept)
             self._wake.notify()
-        return dropped
+        still = {id(w) for w in kept}
+        return [w for w in before if id(w) not in still]
 
     def clear(self) -> int:
         """Drop the frames that wait; return how many did."""

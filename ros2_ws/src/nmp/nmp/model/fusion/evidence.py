@@ -41,8 +41,8 @@ class Surroundings(nn.Module):
         full = self.mix_full(x)
         half = self.down_half(full)
         low = functional.interpolate(self.up_half(self.down_quarter(half)), half.shape[-2:], mode="bilinear")
-        up = functional.interpolate(self.up_full(torch.relu(half + low)), full.shape[-2:], mode="bilinear")
-        return torch.relu(full + up)
+        up = functional.interpolate(self.up_full((half + low).relu_()), full.shape[-2:], mode="bilinear")
+        return (full + up).relu_()
 
 
 class EvidenceFusion(nn.Module):
@@ -117,7 +117,7 @@ class EvidenceFusion(nn.Module):
         prior = self.prior_in(torch.cat([latent * trust, trust], dim=1))
         if self.spread_in is not None and alignment is not None:
             prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
-        prior = torch.relu(prior + self.frame_in(bev))
+        prior = (prior + self.frame_in(bev)).relu_()
         # In the precision of the features: what follows must not round otherwise where nothing was added.
         return bev + (trust * self.prior_out(self.prior_mix(prior))).to(bev.dtype)
 
