@@ -22,7 +22,7 @@ from nmp.frame import CAMERAS, CLASSES, LocalMap
 from nmp.geometry import Array, BevGrid
 from nmp.grids import from_occupancy_grids
 from nmp.layers import layer_files, read_layer
-from nmp.messages import content, frame_id, picture_of, stamp_ns, transform_of
+from nmp.messages import content, frame_id, look_at, stamp_ns, transform_of
 from nmp.metrics import IouMeter
 from nmp.vectors.raster import FARTHEST_M
 from nmp.view.find import Recording, layer_topics
@@ -243,7 +243,7 @@ def encoded(camera: str, msg: Any) -> bytes:
 
     Raises :class:`NmpError` for one that is damaged, or of an encoding that is not known.
     """
-    if fault := picture_of(camera, stamp_ns(msg), msg).fault:
+    if fault := look_at(camera, stamp_ns(msg), lambda: msg).fault:
         raise NmpError(fault[1])
     image = content(msg)
     return image if isinstance(image, bytes) else jpeg_of(image)
