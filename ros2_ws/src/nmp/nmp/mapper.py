@@ -29,6 +29,7 @@ from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
 from nmp.model.weights import load_network
 from nmp.prior import CityPrior, PriorSpec, Window
 from nmp.prior.record import Record
+from nmp.prior.storage import Place, Storage
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class OnlineMapper:
     """Maps frames to layers and remembers what it saw.
 
     :param weights: .safetensors file, None for the weights that come with nmp
-    :param prior_dir: folder of the city prior, None for :func:`default_prior_dir`; made when missing
+    :param prior_dir: folder or URL of the city prior, None for :func:`default_prior_dir`; made when missing
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
     :param vehicle: who drives: kept with what this drive adds to the prior
@@ -62,7 +63,7 @@ class OnlineMapper:
     def __init__(
         self,
         weights: Path | None = None,
-        prior_dir: Path | None = None,
+        prior_dir: Place | None = None,
         *,
         use_prior: bool = True,
         flush_interval_s: float = 2.0,
@@ -77,7 +78,7 @@ class OnlineMapper:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
         self.config = self.network.config
-        self.prior_dir = Path(prior_dir) if prior_dir is not None else default_prior_dir()
+        self.prior_dir: Place = prior_dir if prior_dir is not None else default_prior_dir()
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
@@ -94,9 +95,10 @@ class OnlineMapper:
         self.stages_s: dict[str, float] = {}
         """what each stage of the last update took, s"""
         self._cities: dict[str, CityPrior] = {}
-        if use_prior and self.prior_dir.is_dir():
-            # A foreign prior is refused before the first frame, not after the drive has begun.
-            for found in sorted(p.name for p in self.prior_dir.iterdir() if p.is_dir()):
+        if use_prior and (stored := Storage(self.prior_dir)).local is not None:
+            # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
+            # list every tile: there it is refused with the first frame.
+            for found in stored.children():
                 CityPrior.open(self.prior_dir, found, self._spec, read_only=True).close()
         self._side = window_side(self.config)
         prepare(self.network, place, precision)
@@ -194,10 +196,10 @@ class OnlineMapper:
         for city in self._cities.values():
             city.flush()
 
-    def use(self, prior_dir: Path) -> None:
-        """Let go of the prior, and go on with the one in another folder."""
+    def use(self, prior_dir: Place) -> None:
+        """Let go of the prior, and go on with the one in another folder or at another URL."""
         self.close()
-        self.prior_dir = Path(prior_dir)
+        self.prior_dir = prior_dir
 
     def close(self, recording: str = "") -> dict[str, Record]:
         """Commit what this drive added to the prior, release it, and return the drive by city. Safe to call twice.
