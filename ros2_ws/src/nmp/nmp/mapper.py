@@ -26,8 +26,9 @@ from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
-from nmp.model.weights import load_network
+from nmp.model.weights import load_network, read_description
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.coding import Coding
 from nmp.prior.record import Record
 from nmp.prior.storage import Place, Storage
 
@@ -84,7 +85,7 @@ class OnlineMapper:
         self._vehicle = vehicle
         self._whole = whole
         self._min_cameras = min_cameras
-        self._spec = _spec_of(self.network, self.fingerprint)
+        self._spec = _spec_of(self.network, self.fingerprint, coding_beside(weights))
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
@@ -265,13 +266,21 @@ def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple
     return images, pixel_from_base, present
 
 
-def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:
+def _spec_of(network: BEVNetwork, fingerprint: str, coding: Coding | None) -> PriorSpec:
     """What a network keeps in the cells of a city, and how drives add up there."""
     config = network.config
     cap = round(config.evidence_cap * EVIDENCE_SCALE)
     # The state of the paper's recurrent unit is no sum of anything: the newest drive's is taken.
     merge = "sum" if config.fusion == "evidence" else "latest"
-    return PriorSpec(network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap)
+    return PriorSpec(
+        network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap, coding=coding
+    )
+
+
+def coding_beside(weights: Path | None) -> Coding | None:
+    """Return how cities that these weights begin are written, by the JSON beside them; None: channel by channel."""
+    values = read_description(weights).get("prior", {}).get("coding")
+    return Coding.from_dict(values) if values else None
 
 
 def _checked(answer: Answer) -> Answer:
