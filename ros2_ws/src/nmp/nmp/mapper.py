@@ -50,6 +50,7 @@ class OnlineMapper:
     :param flush_interval_s: longest time that an update stays in memory only
     :param vehicle: who drives: kept with what this drive adds to the prior
     :param whole: a drive counts only when :meth:`close` was reached: nothing of it is kept after a crash
+    :param coded: cities that this mapper begins have the coding beside the weights, where there is one
     :param limits: of the poses with which the prior is used
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
@@ -70,6 +71,7 @@ class OnlineMapper:
         flush_interval_s: float = 2.0,
         vehicle: str = "",
         whole: bool = False,
+        coded: bool = True,
         limits: GateLimits | None = None,
         device: str = "cpu",
         precision: str = "auto",
@@ -85,7 +87,8 @@ class OnlineMapper:
         self._vehicle = vehicle
         self._whole = whole
         self._min_cameras = min_cameras
-        self._spec = _spec_of(self.network, self.fingerprint, coding_beside(weights))
+        self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
+        """of cities that this mapper begins"""
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
@@ -100,7 +103,7 @@ class OnlineMapper:
             # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
             # list every tile: there it is refused with the first frame.
             for found in stored.children():
-                CityPrior.open(self.prior_dir, found, self._spec, read_only=True).close()
+                CityPrior.open(self.prior_dir, found, self.city_spec, read_only=True).close()
         self._side = window_side(self.config)
         prepare(self.network, place, precision)
         self._runner = Runner(
@@ -118,7 +121,7 @@ class OnlineMapper:
             self._cities[location] = CityPrior.open(
                 self.prior_dir,
                 location,
-                self._spec,
+                self.city_spec,
                 flush_interval_s=self._flush_interval_s,
                 vehicle=self._vehicle,
                 whole=self._whole,
