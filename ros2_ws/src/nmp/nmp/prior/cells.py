@@ -95,7 +95,7 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
         before, added = state.evidence.astype(np.float32), drive.evidence.astype(np.float32)
         both = (before > 0) & (added > 0)
         if both.any():
-            noise = spec.coding.noise_of(state.evidence, drive.evidence) if spec.coding else np.float32(0)
+            noise = spec.coding.noise_of(state.evidence, drive.evidence) if spec.coding else _NO_NOISE
             lost = np.rint(TAKEN_BACK * added * contradiction(state.latent, drive.latent, spec.bits, noise))
             before -= np.minimum(before, lost, where=both, out=np.zeros_like(before))
         total = before + added
@@ -115,7 +115,15 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
 def contradiction(
     a: NDArray[np.int8], b: NDArray[np.int8], bits: int, noise: NDArray[np.float32] | np.float32 = _NO_NOISE
 ) -> NDArray[np.float32]:
-    """Return how much latents [channels, rows, cols] contradict each other, [rows, cols] in 0..1.
+    """Return how much latents [channels, rows, cols] contradict each other, [rows, cols] in 0..1."""
+    share = difference(a, b, bits, noise)
+    return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
+
+
+def difference(
+    a: NDArray[np.int8], b: NDArray[np.int8], bits: int, noise: NDArray[np.float32] | np.float32 = _NO_NOISE
+) -> NDArray[np.float32]:
+    """Return |a - b|^2 of latents [channels, rows, cols] as a share of |a|^2 + |b|^2, [rows, cols].
 
     What rounding to ``bits`` bits may make them differ is left out, and ``noise``, the mean square of what else does.
     Every copy of a city has to find the same to the bit: sums are of whole numbers, the rest is done cell by cell.
@@ -125,8 +133,8 @@ def contradiction(
     x -= y
     step = np.float32(254 / (2**bits - 1))
     apart = np.maximum(_squares(x) - np.float32(len(a)) * step * step / np.float32(6) - noise, 0)
-    share = apart / np.maximum(lengths, 1)
-    return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
+    share: NDArray[np.float32] = apart / np.maximum(lengths, 1)
+    return share
 
 
 def _squares(values: NDArray[np.int32]) -> NDArray[np.float32]:
