@@ -1,7 +1,7 @@
 """How many bytes the prior takes per km of road, and what that costs in accuracy, over weights, coding, bits and cells.
 
     python benchmarks/prior_footprint.py --trajectories ../shared/real/val_trajectories.json \
-        [--weights cpu_default my.safetensors ...] [--data DIR ...] [--steps 96 128 160 192 256] [--bits 8 6 4 3 2] \
+        [--weights cpu_default my.safetensors ...] [--data DIR ...] [--steps 96 128 192 256 384] [--bits 8 6 4 3 2] \
         [--cells 0.3 0.6] [--stride 3] [--every 4] [--out prior_footprint.json] [--plot prior_footprint.png]
 
 Accuracy: in simulated cities that no training saw (``--data`` names data sets that are there already) each route is
@@ -10,9 +10,10 @@ setting: stored, compacted, opened again. The last ones are then mapped with tha
 scored; the reference is the same with cells in float32 that no file ever held. A coding (``step``) is made from one
 data set, the last of ``--data``, and scored on the others; ``shipped`` is the one beside the weights.
 
-Bytes: each tile that the recorded trajectories touch is filled with the content of a tile of those cities, cut to the
-cells that they touch, and all of them are written as the base of a city. What counts is every byte below the folder of
-the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth tile.
+Bytes: the recorded trajectories leave in each cell the evidence that a frame has on average at that place around the
+car, summed over their poses. Each of these tiles is filled with the latents of a tile of the simulated cities that is
+known nearly as a whole, and all of them are written as the base of a city. What counts is every byte below the folder
+of the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth tile.
 
 Cells of 0.6 m are stand-ins, the weighted means of four: no network was trained for them.
 """
@@ -25,7 +26,6 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,38 +245,57 @@ def length_km(scenes: Sequence[dict[str, Any]]) -> float:
     return sum(math.dist(a[:2], b[:2]) for path in paths for a, b in zip(path, path[1:], strict=False)) / 1e3
 
 
-def touched(scenes: Sequence[dict[str, Any]], cell: float) -> dict[str, dict[Key, NDArray[np.bool_]]]:
-    """Return by city and tile the cells [64, 64] under the region of any pose; places that scenes share count once."""
-    found: dict[str, dict[Key, NDArray[np.bool_]]] = defaultdict(dict)
-    y, x = np.mgrid[-15 : 15 : cell * 0.7, -30 : 30 : cell * 0.7]
-    for scene in scenes:
-        masks = found[scene["location"]]
-        for px, py, yaw in scene["poses_xyyaw"]:
-            col = np.floor((px + x * math.cos(yaw) - y * math.sin(yaw)) / cell).astype(np.int64).ravel()
-            row = np.floor((py + x * math.sin(yaw) + y * math.cos(yaw)) / cell).astype(np.int64).ravel()
-            keys, inverse = np.unique(np.stack([row // TILE, col // TILE], axis=1), axis=0, return_inverse=True)
-            for number, key in enumerate(map(tuple, keys.tolist())):
-                mine = inverse.ravel() == number
-                mask = masks.setdefault(key, np.zeros((TILE, TILE), bool))
-                mask[row[mine] % TILE, col[mine] % TILE] = True
+@torch.no_grad()
+def glance(network: BEVNetwork, cities: list[City]) -> torch.Tensor:
+    """Return the weight [1, 1, rows, cols] that a frame has on average at each place around the car."""
+    total = torch.zeros(1, 1, *network.config.feature_grid.shape)
+    frames = [frame for city in cities for drive in city.before for frame in drive.bev[::4]]
+    for frame in frames:
+        total += network.fusion.observe(frame[None].float())[1]
+    return total / len(frames)
+
+
+def touched(
+    scenes: Sequence[dict[str, Any]], network: BEVNetwork, weight: torch.Tensor, cell: float
+) -> dict[str, dict[Key, NDArray[np.uint16]]]:
+    """Return by city and tile the evidence [64, 64] that all scenes leave; places that scenes share are there once."""
+    found: dict[str, dict[Key, NDArray[np.uint16]]] = {}
+    grid = network.config.feature_grid
+    side = math.ceil(window_side(network.config) * network.config.prior_cell / cell)
+    for location in sorted({scene["location"] for scene in scenes}):
+        poses = np.concatenate([scene["poses_xyyaw"] for scene in scenes if scene["location"] == location])
+        low = np.floor((poses[:, :2].min(0) - 60) / cell / TILE).astype(int)
+        size = np.ceil((poses[:, :2].max(0) + 60) / cell / TILE).astype(int) - low
+        city = np.zeros((size[1] * TILE, size[0] * TILE), np.float32)
+        for x, y, yaw in poses.tolist():
+            window = Window.around(x, y, cell, side, side)
+            pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw]])
+            seen = fusion.ego_to_map(weight, pose, grid, torch.zeros(1, 2), cell, side, side)[0, 0].numpy()
+            row, col = window.row - low[1] * TILE, window.col - low[0] * TILE
+            city[row : row + side, col : col + side] += seen
+        tiles = city.reshape(size[1], TILE, size[0], TILE)
+        steps = np.minimum(tiles, network.config.evidence_cap) * fusion.EVIDENCE_SCALE
+        places = np.argwhere((steps >= 1).any((1, 3))).tolist()
+        found[location] = {(r + int(low[1]), c + int(low[0])): steps[r, :, c].astype(np.uint16) for r, c in places}
     return found
 
 
-def pasted(masks: dict[Key, NDArray[np.bool_]], sources: list[Cells]) -> dict[Key, Cells]:
-    """Return tiles with these cells, filled with the content of others in turn."""
+def pasted(evidence: dict[Key, NDArray[np.uint16]], sources: list[Cells]) -> dict[Key, Cells]:
+    """Return tiles with this evidence, filled with the content of others in turn."""
     out = {}
-    for number, key in enumerate(sorted(masks)):
+    for number, key in enumerate(sorted(evidence)):
         cells = sources[number % len(sources)].copy()
-        for values in (cells.evidence, cells.last_seen_s, cells.traversals):
-            values *= masks[key]
-        cells.latent *= masks[key]
+        cells.evidence[...] = evidence[key] * (cells.evidence > 0)
+        known = cells.evidence > 0
+        for values in (cells.last_seen_s, cells.traversals, cells.latent):
+            values *= known
         out[key] = cells
     return out
 
 
 def stored_mb(
     folder: Path,
-    cities: dict[str, dict[Key, NDArray[np.bool_]]],
+    cities: dict[str, dict[Key, NDArray[np.uint16]]],
     sources: list[Cells],
     spec: PriorSpec,
     every: int,
@@ -318,6 +337,7 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
         drives.append([ledger.load(record, digests(record)) for record in ledger.drives()])
     final = State(ledger, ledger.active())
     samples = list(final.load(final.keys()).values())
+    weight = glance(network, cities)
     reference, nothing, eight = IouMeter(), IouMeter(), replace(plain, bits=8)
     for city in tested:
         score(network, city, city.memory, options.stride, reference)
@@ -332,7 +352,7 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
         settings.append(("shipped", replace(plain, coding=coding)))
     rows = []
     for cell in options.cells:
-        masks = touched(every, cell)
+        masks = touched(every, network, weight, cell)
         for name, spec in settings:
             spec = replace(spec, cell=cell)
             meter, sources = IouMeter(), []
@@ -419,7 +439,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["cpu_default"])
     parser.add_argument("--data", type=Path, nargs="+", help="data sets of one city each, rendered before")
     parser.add_argument("--version", default="v1.0-mini")
-    parser.add_argument("--steps", type=float, nargs="*", default=[96, 128, 160, 192, 256])
+    parser.add_argument("--steps", type=float, nargs="*", default=[96, 128, 192, 256, 384])
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4, 3, 2])
     parser.add_argument("--cells", type=float, nargs="+", choices=(0.3, 0.6), default=[0.3, 0.6])
     parser.add_argument("--stride", type=int, default=3, help="score every so many frames")

@@ -38,6 +38,8 @@ _FAINTEST = 77
 """root of the evidence below which a cell counts as unknown, in 1/256: 0.3, evidence 0.09"""
 _TRUST = 128
 """steps of the weight evidence / (evidence + 1) with which the network reads a cell"""
+_ROUND_UP = 0.4
+"""of a step from which a number is rounded up, as zeros are cheap: 6 % fewer bytes for the same error"""
 _IN_BITS, _FORWARD_BITS, _BACK_BITS, _COSINE_BITS = 6, 20, 8, 12
 """fractional bits: of values before the cosine transform, of the two matrices, of the cosines"""
 
@@ -145,7 +147,8 @@ class Coding:
         centred = (latent - np.array(self.mean, np.float64)[:, None, None]) * (trust * (evidence > 0))
         mixed = product(self._forward.reshape(-1, self.channels), centred.reshape(self.channels, -1))
         values = np.rint(mixed / (2.0 ** (_FORWARD_BITS - _IN_BITS) * _TRUST)).reshape(-1, TILE, TILE)
-        planes[:-2] = _sorted(np.rint(_cosines(values) / 2.0 ** (_IN_BITS + 2 * _COSINE_BITS)))
+        steps = _cosines(values) / 2.0 ** (_IN_BITS + 2 * _COSINE_BITS)
+        planes[:-2] = _sorted(np.sign(steps) * np.floor(np.abs(steps) + _ROUND_UP))
         there = (last_seen_s > 0) & (known > 0)
         seconds = _largest(np.where(there, last_seen_s // _SECONDS + 1, 0)).astype("<u4")
         visits = _largest(np.where(there, traversals, 0)).astype("<u2")
