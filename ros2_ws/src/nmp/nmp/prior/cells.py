@@ -13,10 +13,10 @@ from nmp.prior.window import PriorSpec
 
 FIELD_PLANES = 8
 """byte planes after the latent: evidence (2), last seen (4), traversals (2)"""
-AGREES, CONTRADICTS = 0.1, 0.2
+AGREES, CONTRADICTS = 0.15, 0.3
 """difference of two latents up to which they say the same, and from which they say another thing: |a - b|^2 as a share
 of |a|^2 + |b|^2, 1 for latents that have nothing in common. With the shipped network 0.02 is usual between two drives
-through an unchanged street (19 of 20 cells stay below 0.12), and 0.18 where a crossing has gone"""
+through an unchanged street (0.05 on a crossing), and 0.12 where a crossing has gone; benchmarks/prior_change.py"""
 TAKEN_BACK = 2
 """evidence that a contradicted cell loses, for each unit that contradicts it"""
 _NO_NOISE = np.float32(0)
