@@ -1,14 +1,14 @@
 """Time the building of a city from recorded drives, with one worker and with two, and project what a fleet costs.
 
-    python benchmarks/prior_build.py [--drives 6] [--frames 20] [--out prior_build.json] \
+    python benchmarks/prior_build.py [--drives 6] [--frames 20] [--once] [--out prior_build.json] \
         [--trajectories ../shared/real/val_trajectories.json] [--road-km 10000] [--cars 1000] [--km-per-car 100] \
-        [--mb-per-km 12.8]
+        [--mb-per-km 0.3]
 
 One short drive through made-up pictures (1600 x 900, 2 Hz, 8 m/s) is copied to places that do not meet, and each copy
-is a bag. It is built twice with each, and all four have to leave the same bytes. ``--trajectories`` also computes how
-much faster than one worker several would be with recorded drives, by which of them meet, were a frame always the same
-work. ``--mb-per-km`` is what a drive adds on disk (benchmarks/prior_footprint.py: made-up pictures give no latents
-worth compressing). Writes JSON.
+is a bag. It is built twice with each (``--once``: once), and all have to leave the same bytes. ``--trajectories`` also
+computes how much faster than one worker several would be with recorded drives, by which of them meet, were a frame
+always the same work. ``--mb-per-km`` is what a drive adds on disk (benchmarks/prior_footprint.py: made-up pictures give
+no latents worth compressing). Writes JSON.
 """
 
 from __future__ import annotations
@@ -168,12 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drives", type=int, default=6)
     parser.add_argument("--frames", type=int, default=20, help="of each drive")
+    parser.add_argument("--once", action="store_true", help="one run with each number of workers, not two")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--trajectories", type=Path)
     parser.add_argument("--road-km", type=float, default=10_000)
     parser.add_argument("--cars", type=int, default=1000)
     parser.add_argument("--km-per-car", type=float, default=100)
-    parser.add_argument("--mb-per-km", type=float, default=12.8)
+    parser.add_argument("--mb-per-km", type=float, default=0.3)
     parser.add_argument("--out", type=Path, default=Path("prior_build.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -188,7 +189,8 @@ def main() -> None:
         runs: dict[int, list[tuple[Built, float]]] = {1: [], 2: []}
         found = set()
         load = os.getloadavg()[0]
-        for number, workers in enumerate((1, 2, 2, 1)):  # so that a machine that gets busier favours neither
+        # back and forth, so that a machine that gets busier favours neither
+        for number, workers in enumerate((1, 2) if args.once else (1, 2, 2, 1)):
             prior = folder / f"prior-{number}"
             runs[workers].append(timed(bags, prior, args.weights, workers))
             found.add(digest(prior))

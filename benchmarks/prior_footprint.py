@@ -1,13 +1,21 @@
-"""How many bytes the prior takes per km, over channels, bits and cell size, along recorded trajectories.
+"""How many bytes the prior takes per km of road, and what that costs in accuracy, over weights, coding, bits and cells.
 
-    python benchmarks/prior_footprint.py --maps ../shared/real/geography \
-        --trajectories ../shared/real/val_trajectories.json [--scenes 3] [--data DIR] [--out prior_footprint.json]
+    python benchmarks/prior_footprint.py --trajectories ../shared/real/val_trajectories.json \
+        [--weights cpu_default my.safetensors ...] [--data DIR ...] [--steps 96 128 192 256 384] [--bits 8 6 4 3 2] \
+        [--cells 0.3 0.6] [--stride 3] [--every 4] [--out prior_footprint.json] [--plot prior_footprint.png]
 
-Some scenes are rendered along their recorded poses through real maps (nmp-train sim; ``--data`` names a data set that
-is there already) and mapped with the shipped weights: the content of the cells is what that network writes. The other
-settings are stand-ins made of the same cells: fewer channels are the first ones of the network's 32, cells of 0.6 m
-the weighted means of four, fewer bits a coarser rounding. How many cells all the trajectories touch is computed from
-their poses; MB per km of all of them is these cells x the bytes per cell that were measured.
+Accuracy: in simulated cities that no training saw (``--data`` names data sets that are there already) each route is
+driven several times. The drives but the last ones are mapped with the weights and committed to a prior, once for each
+setting: stored, compacted, opened again. The last ones are then mapped with that prior, which stays as it is, and
+scored; the reference is the same with cells in float32 that no file ever held. A coding (``step``) is made from one
+data set, the last of ``--data``, and scored on the others; ``shipped`` is the one beside the weights.
+
+Bytes: the recorded trajectories leave in each cell the evidence that a frame has on average at that place around the
+car, summed over their poses. Each of these tiles is filled with the latents of a tile of the simulated cities that is
+known nearly as a whole, and all of them are written as the base of a city. What counts is every byte below the folder
+of the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth tile.
+
+Cells of 0.6 m are stand-ins, the weighted means of four: no network was trained for them.
 """
 
 from __future__ import annotations
@@ -18,63 +26,166 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from nmp.geometry import BevGrid
-from nmp.mapper import OnlineMapper
-from nmp.prior.cells import Cells, encode, on_grid, plane_count
-from nmp.prior.ledger import Ledger
+from nmp.changelog import local_date
+from nmp.evaluation import CityMaps
+from nmp.geometry import yaw_of
+from nmp.mapper import OnlineMapper, coding_beside
+from nmp.metrics import IouMeter
+from nmp.model import fusion
+from nmp.model.network import BEVNetwork
+from nmp.model.preprocess import network_input
+from nmp.model.runner import quantize, read_quantized, window_side
+from nmp.model.weights import read_description
+from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.cells import Cells, on_grid
+from nmp.prior.coding import make_coding
+from nmp.prior.ledger import Ledger, State, create
+from nmp.prior.record import Record, tile_table
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import TILE, Key
-from nmp.prior.tileset import TileSet
-from nmp.prior.upkeep import digests
-from nmp.prior.window import PriorSpec
-from nmp_train.evaluate import Scene, scene_frames
-from nmp_train.recordings import read_samples
+from nmp.prior.upkeep import compact, digests
+from nmp.truth import rasterize
+from nmp_train.coding import reads_of
+from nmp_train.evaluate import Scene, read_scenes, scene_frames
 
-REGION = BevGrid(60.0, 30.0, 0.3)
 HALF = TILE // 2
-LEVEL = 19
-"""of zstd, as the tiles of a base are written"""
+SEEDS = (501, 502, 503)
+FULL = 0.9
+"""share of its cells that a tile has to know to be pasted"""
 
 
-def length(poses: Sequence[Sequence[float]]) -> float:
-    """Return the length of a path, m."""
-    return sum(math.dist(a[:2], b[:2]) for a, b in zip(poses, poses[1:], strict=False))
+@dataclass
+class Drive:
+    """What is kept of a scene: features instead of images."""
+
+    location: str
+    bev: torch.Tensor
+    """[T, C, rows, cols] half precision"""
+    truth: NDArray[np.uint8]
+    """[T, 3, rows, cols]"""
+    poses: list[tuple[float, float, float]]
+    stamps: list[int]
 
 
-def cells_touched(scenes: list[dict[str, Any]], cell: float) -> int:
-    """Return how many cells lie under the region of any pose; places that scenes share count once."""
-    seen: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
-    y, x = np.mgrid[-15 : 15 : cell * 0.7, -30 : 30 : cell * 0.7]
-    for scene in scenes:
-        for px, py, yaw in scene["poses_xyyaw"]:
-            col = np.floor((px + x * math.cos(yaw) - y * math.sin(yaw)) / cell).astype(np.int64)
-            row = np.floor((py + x * math.sin(yaw) + y * math.cos(yaw)) / cell).astype(np.int64)
-            seen[scene["location"]].append((row * 2**24 + col).ravel())
-    return sum(len(np.unique(np.concatenate(parts))) for parts in seen.values())
+@dataclass
+class City:
+    """Drives of one data set: those that write the prior, and those that are scored."""
+
+    location: str
+    before: list[Drive]
+    scored: list[Drive]
+    origin: tuple[int, int]
+    """(row, column) of the first cell"""
+    shape: tuple[int, int]
+    memory: fusion.Memory
+    """after the drives before, in float32"""
 
 
-def drive(data: Path, version: str, prior: Path) -> list[str]:
-    """Map every scene of a data set, each as a drive of its own; return the cities."""
-    scenes: dict[str, list[Any]] = defaultdict(list)
-    for sample in read_samples(data, version):
-        scenes[sample.scene].append(sample)
-    cities = set()
-    for name, samples in scenes.items():
-        scene = scene_frames(Scene(name, tuple(samples)))
-        with OnlineMapper(None, prior) as mapper:
-            for frame in scene.frames:
-                mapper.update(frame)
-        cities.add(scene.location)
-        print(f"mapped {name}: {len(scene.frames)} frames", file=sys.stderr)
-    return sorted(cities)
+# -- drives -------------------------------------------------------------------------------------------------
+
+
+def render(folder: Path, seed: int) -> Path:
+    """Make a data set: two routes of a city of its own, each driven three times."""
+    data = folder / f"city-{seed}"
+    arguments = ["--seed", seed, "--routes", 2, "--passes", 3, "--weather", "mixed", "--duration", 16]
+    arguments += ["--render-scale", 0.22, "--out", data]
+    subprocess.run([sys.executable, "-m", "nmp_train.cli", "sim", *map(str, arguments)], check=True)
+    return data
+
+
+@torch.no_grad()
+def encoded(network: BEVNetwork, data: Path, scene: Scene, maps: CityMaps) -> Drive:
+    """Run the part of the network that needs no prior, and draw the truth."""
+    frames = scene_frames(scene)
+    bev, truth, poses, stamps = [], [], [], []
+    for frame, true in zip(frames.frames, frames.true_poses, strict=True):
+        bev.append(network.encode(*network_input(frame, network.config))[0].half())
+        city = maps.city(scene.location, local_date(scene.location, frame.stamp_ns))
+        place = float(true[0, 3]), float(true[1, 3]), yaw_of(true)
+        truth.append(rasterize(city, *place, network.config.layer_grid))
+        pose = frame.map_from_base
+        poses.append((float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose)))
+        stamps.append(frame.stamp_ns)
+    return Drive(scene.location, torch.stack(bev), np.stack(truth), poses, stamps)
+
+
+def read_city(network: BEVNetwork, data: Path, version: str) -> City:
+    """Encode all drives of a data set of one city; the last drive of each of its two routes is scored."""
+    maps = CityMaps(data)
+    scenes = read_scenes(data, version)
+    drives = [encoded(network, data, scene, maps) for scene in tqdm(scenes, desc=data.name, unit="drive")]
+    cell, side = network.config.prior_cell, window_side(network.config)
+    points = np.concatenate([[pose[:2] for pose in drive.poses] for drive in drives])
+    # whole tiles, so that what is stored lies on them
+    low = np.floor((points.min(0) / cell - side) / TILE).astype(int) * TILE
+    high = np.ceil((points.max(0) / cell + side) / TILE).astype(int) * TILE
+    shape = int(high[1] - low[1]), int(high[0] - low[0])
+    memory = fusion.Memory.empty(1, network.state_channels, *shape)
+    city = City(drives[0].location, drives[:-2], drives[-2:], (int(low[1]), int(low[0])), shape, memory)
+    for drive in city.before:
+        for t in range(len(drive.poses)):
+            step(network, city, memory, drive, t, write=True)
+    return city
+
+
+@torch.no_grad()
+def step(
+    network: BEVNetwork, city: City, memory: fusion.Memory, drive: Drive, t: int, *, write: bool = False
+) -> torch.Tensor:
+    """Map one frame with what is remembered; return the logits [3, rows, cols]."""
+    cell, side = network.config.prior_cell, window_side(network.config)
+    x, y, yaw = drive.poses[t]
+    window = Window.around(x, y, cell, side, side)
+    rows, cols = window.row - city.origin[0], window.col - city.origin[1]
+    part = (slice(None), slice(None), slice(rows, rows + side), slice(cols, cols + side))
+    pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw]])
+    before = fusion.Memory(memory.latent[part], memory.evidence[part])
+    output, after = network.step(drive.bev[t][None].float(), before, pose, torch.zeros(1, 2))
+    if write:
+        memory.latent[part], memory.evidence[part] = after.latent, after.evidence
+    return output.logits[0]
+
+
+@torch.no_grad()
+def drive_into(network: BEVNetwork, prior: CityPrior, drive: Drive) -> None:
+    """Map a drive with a stored prior, as the mapper does."""
+    config = network.config
+    side = window_side(config)
+    region = torch.ones(1, 1, *config.feature_grid.shape)
+    cap, network.fusion.cap = network.fusion.cap, math.inf  # the prior caps what it stores
+    for t, (x, y, yaw) in enumerate(drive.poses):
+        window = Window.around(x, y, config.prior_cell, side, side)
+        latent, evidence = prior.read(window)
+        stored = torch.from_numpy(latent)[None], torch.from_numpy(evidence.view(np.int16))[None, None]
+        pose = torch.tensor([[x - window.col * config.prior_cell, y - window.row * config.prior_cell, yaw]])
+        origin = torch.zeros(1, 2)
+        output, memory = network.step(drive.bev[t][None].float(), read_quantized(*stored), pose, origin)
+        if output.alignment is not None:
+            pose = fusion.moved(pose, output.alignment.offset)
+        seen = fusion.ego_to_map(region, pose, config.feature_grid, origin, config.prior_cell, side, side) > 0
+        codes, weight = (values[0].numpy() for values in quantize(memory))
+        prior.write(window, codes, weight[0].view(np.uint16), drive.stamps[t], seen[0, 0].numpy())
+    network.fusion.cap = cap
+
+
+def score(network: BEVNetwork, city: City, memory: fusion.Memory, stride: int, meter: IouMeter) -> None:
+    """Count the frames of the drives that are scored, with a prior that stays as it is."""
+    for drive in city.scored:
+        for t in range(0, len(drive.poses), stride):
+            meter.add((step(network, city, memory, drive, t) > 0).numpy(), drive.truth[t])
+
+
+# -- settings -----------------------------------------------------------------------------------------------
 
 
 def four(values: NDArray[Any]) -> NDArray[Any]:
@@ -82,117 +193,272 @@ def four(values: NDArray[Any]) -> NDArray[Any]:
     return values.reshape(*values.shape[:-2], HALF, 2, HALF, 2)
 
 
-def changed(tiles: dict[Key, Cells], channels: int, bits: int, coarse: bool) -> dict[Key, Cells]:
-    """Return the cells as another setting would hold them."""
+def coarser(tiles: dict[Key, Cells]) -> dict[Key, Cells]:
+    """Return tiles of cells twice as long, each the weighted mean of four."""
     out: dict[Key, Cells] = {}
     for (row, col), cells in tiles.items():
-        if not coarse:
-            new = out[row, col] = Cells(channels)
-            new.latent[...], new.evidence[...] = cells.latent[:channels], cells.evidence
-            new.last_seen_s[...], new.traversals[...] = cells.last_seen_s, cells.traversals
-            continue
-        new = out.setdefault((row // 2, col // 2), Cells(channels))
+        new = out.setdefault((row // 2, col // 2), Cells(len(cells.latent)))
         part = tuple(slice(i % 2 * HALF, i % 2 * HALF + HALF) for i in (row, col))
-
         weight = four(cells.evidence.astype(np.float64)).sum((-3, -1))
-        sums = four(cells.latent[:channels] * cells.evidence.astype(np.float64)).sum((-3, -1))
+        sums = four(cells.latent * cells.evidence.astype(np.float64)).sum((-3, -1))
         new.latent[:, part[0], part[1]] = np.rint(sums / np.maximum(weight, 1))
         new.evidence[part] = np.minimum(weight / 4, 65535)
         new.last_seen_s[part] = four(cells.last_seen_s).max((-3, -1))
         new.traversals[part] = four(cells.traversals).max((-3, -1))
-    for cells in out.values():
-        cells.latent[...] = on_grid(cells.latent, bits)
-        cells.latent *= cells.evidence > 0
     return out
 
 
-def stored(folder: Path, planes: dict[Key, NDArray[np.uint8]]) -> tuple[int, int]:
-    """Return the bytes of tiles on disk, and what they occupy in blocks of 4 KiB."""
-    storage = Storage(folder)
-    tiles = TileSet(storage, len(next(iter(planes.values()))), LEVEL)
-    # zeros are not written: a plane that is empty everywhere costs nothing
-    tiles.save(planes)
-    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
-    return sum(sizes), sum(-(-size // 4096) * 4096 for size in sizes)
+def rounded(tiles: dict[Key, Cells], bits: int) -> dict[Key, Cells]:
+    """Return copies on the grid of so many bits."""
+    out = {key: cells.copy() for key, cells in tiles.items()}
+    for cells in out.values():
+        cells.latent[...] = on_grid(cells.latent, bits) * (cells.evidence > 0)
+    return out
 
 
-def measure(tiles: dict[Key, Cells], spec: PriorSpec, km: float, folder: Path) -> dict[str, Any]:
-    planes = {key: encode(cells, spec) for key, cells in tiles.items()}
-    assert len(next(iter(planes.values()))) == plane_count(spec)
-    cells = sum(int((part.last_seen_s > 0).sum()) for part in tiles.values())
-    size, blocks = stored(folder / "all", planes)
-    end = spec.channels
-    parts = {"latent": slice(0, end), "evidence": slice(end, end + 2), "last_seen": slice(end + 2, end + 6)}
-    fields = {
-        name: round(stored(folder / name, {k: p[part] for k, p in planes.items()})[0] / cells, 3)
-        for name, part in parts.items()
-    }
-    record = 24 * len(tiles)  # its line in the record, twice: beside the tiles as well
+def publish(ledger: Ledger, tiles: dict[Key, Cells], first_ns: int, drives: tuple[str, ...] = ()) -> Record:
+    """Write tiles as a drive of a city, or as its base (``drives``)."""
+
+    def describe(rows: list[tuple[int, int, int, int]]) -> Record:
+        return Record(ledger.location, ledger.spec, "", first_ns, first_ns, tile_table(rows), drives)
+
+    return ledger.publish(describe, tiles, lambda keys: {key: tiles[key].copy() for key in keys})
+
+
+def reloaded(folder: Path, city: City, spec: PriorSpec) -> fusion.Memory:
+    """Return the cells of a stored city, over the area of its drives."""
+    scale = round(spec.cell / 0.3)
+    rows, cols = (size // scale for size in city.shape)
+    window = Window(city.origin[0] // scale, city.origin[1] // scale, rows, cols)
+    with CityPrior.open(folder, city.location, spec, read_only=True) as prior:
+        latent, evidence = prior.read(window)
+    latent, evidence = latent.repeat(scale, 1).repeat(scale, 2), evidence.repeat(scale, 0).repeat(scale, 1)
+    return read_quantized(torch.from_numpy(latent)[None], torch.from_numpy(evidence.view(np.int16))[None, None])
+
+
+# -- bytes along recorded trajectories ----------------------------------------------------------------------
+
+
+def length_km(scenes: Sequence[dict[str, Any]]) -> float:
+    """Return how far all scenes were driven."""
+    paths = [scene["poses_xyyaw"] for scene in scenes]
+    return sum(math.dist(a[:2], b[:2]) for path in paths for a, b in zip(path, path[1:], strict=False)) / 1e3
+
+
+@torch.no_grad()
+def glance(network: BEVNetwork, cities: list[City]) -> torch.Tensor:
+    """Return the weight [1, 1, rows, cols] that a frame has on average at each place around the car."""
+    total = torch.zeros(1, 1, *network.config.feature_grid.shape)
+    frames = [frame for city in cities for drive in city.before for frame in drive.bev[::4]]
+    for frame in frames:
+        total += network.fusion.observe(frame[None].float())[1]
+    return total / len(frames)
+
+
+def touched(
+    scenes: Sequence[dict[str, Any]], network: BEVNetwork, weight: torch.Tensor, cell: float
+) -> dict[str, dict[Key, NDArray[np.uint16]]]:
+    """Return by city and tile the evidence [64, 64] that all scenes leave; places that scenes share are there once."""
+    found: dict[str, dict[Key, NDArray[np.uint16]]] = {}
+    grid = network.config.feature_grid
+    side = math.ceil(window_side(network.config) * network.config.prior_cell / cell)
+    for location in sorted({scene["location"] for scene in scenes}):
+        poses = np.concatenate([scene["poses_xyyaw"] for scene in scenes if scene["location"] == location])
+        low = np.floor((poses[:, :2].min(0) - 60) / cell / TILE).astype(int)
+        size = np.ceil((poses[:, :2].max(0) + 60) / cell / TILE).astype(int) - low
+        city = np.zeros((size[1] * TILE, size[0] * TILE), np.float32)
+        for x, y, yaw in poses.tolist():
+            window = Window.around(x, y, cell, side, side)
+            pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw]])
+            seen = fusion.ego_to_map(weight, pose, grid, torch.zeros(1, 2), cell, side, side)[0, 0].numpy()
+            row, col = window.row - low[1] * TILE, window.col - low[0] * TILE
+            city[row : row + side, col : col + side] += seen
+        tiles = city.reshape(size[1], TILE, size[0], TILE)
+        steps = np.minimum(tiles, network.config.evidence_cap) * fusion.EVIDENCE_SCALE
+        places = np.argwhere((steps >= 1).any((1, 3))).tolist()
+        found[location] = {(r + int(low[1]), c + int(low[0])): steps[r, :, c].astype(np.uint16) for r, c in places}
+    return found
+
+
+def pasted(evidence: dict[Key, NDArray[np.uint16]], sources: list[Cells]) -> dict[Key, Cells]:
+    """Return tiles with this evidence, filled with the content of others in turn."""
+    out = {}
+    for number, key in enumerate(sorted(evidence)):
+        cells = sources[number % len(sources)].copy()
+        cells.evidence[...] = evidence[key] * (cells.evidence > 0)
+        known = cells.evidence > 0
+        for values in (cells.last_seen_s, cells.traversals, cells.latent):
+            values *= known
+        out[key] = cells
+    return out
+
+
+def stored_mb(
+    folder: Path,
+    cities: dict[str, dict[Key, NDArray[np.uint16]]],
+    sources: list[Cells],
+    spec: PriorSpec,
+    every: int,
+) -> tuple[float, float, int]:
+    """Return what cities take in MB, in bytes and in blocks of 4 KiB as on a disk, and how many tiles there are."""
+    size = blocks = count = 0
+    for location, masks in cities.items():
+        some = {key: masks[key] for key in sorted(masks)[::every]}
+        storage = Storage(folder / location)
+        create(storage, location, spec)
+        ledger = Ledger.open(storage)
+        base = publish(ledger, rounded(pasted(some, sources), spec.bits), 1, ("0" * 32,))
+        ledger.change_head(lambda head, base=base: replace(head, base=base.id))
+        sizes = [path.stat().st_size for path in (folder / location).rglob("*") if path.is_file()]
+        share = len(masks) / len(some)
+        size += round(sum(sizes) * share)
+        blocks += round(sum(-(-size // 4096) * 4096 for size in sizes) * share)
+        count += len(masks)
+    return size / 1e6, blocks / 1e6, count
+
+
+# -- all of it ----------------------------------------------------------------------------------------------
+
+
+def measure(weights: str, data: list[Path], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure all settings with one set of weights."""
+    every = json.loads(options.trajectories.read_text())
+    km = length_km(every)
+    with OnlineMapper(Path(weights), folder / "none", use_prior=False, precision="fp32") as mapper:
+        network, plain = mapper.network, replace(mapper.city_spec, coding=None)
+    cities = [read_city(network, path, options.version) for path in data]
+    tested = cities[:-1] if len(cities) > 1 else cities
+    drives: list[list[dict[Key, Cells]]] = []
+    for number, city in enumerate(tqdm(cities, desc="writing", unit="city")):
+        for drive in city.before:
+            with CityPrior.open(folder / f"written-{number}", city.location, plain, flush_interval_s=1e6) as prior:
+                drive_into(network, prior, drive)
+        ledger = Ledger.open(Storage(folder / f"written-{number}" / city.location), read_only=True)
+        drives.append([ledger.load(record, digests(record)) for record in ledger.drives()])
+    final = State(ledger, ledger.active())
+    samples = list(final.load(final.keys()).values())
+    weight = glance(network, cities)
+    reference, nothing, eight = IouMeter(), IouMeter(), replace(plain, bits=8)
+    for city in tested:
+        score(network, city, city.memory, options.stride, reference)
+        empty = fusion.Memory.empty(1, network.state_channels, *city.shape)
+        score(network, city, empty, options.stride, nothing)
+    settings = [(f"{bits} bits", replace(eight, bits=bits)) for bits in options.bits]
+    for step_size in options.steps:
+        settings.append(
+            (f"step {step_size:g}", replace(plain, coding=make_coding(samples, reads_of(network), step_size)))
+        )
+    if (coding := coding_beside(Path(weights))) is not None:
+        settings.append(("shipped", replace(plain, coding=coding)))
+    rows = []
+    for cell in options.cells:
+        masks = touched(every, network, weight, cell)
+        for name, spec in settings:
+            spec = replace(spec, cell=cell)
+            meter, sources = IouMeter(), []
+            for number, city in enumerate(tested):
+                place = folder / f"{name}-{cell}-{number}"
+                create(Storage(place / city.location), city.location, spec)
+                ledger = Ledger.open(Storage(place / city.location))
+                for count, tiles in enumerate(drives[number]):
+                    publish(ledger, rounded(coarser(tiles) if cell > 0.3 else tiles, spec.bits), 10**9 * (count + 1))
+                base = compact(ledger)
+                assert base is not None
+                found = ledger.load(base, digests(base)).values()
+                sources += [cells for cells in found if (cells.evidence > 0).mean() > FULL - 0.2 * (cell > 0.3)]
+                score(network, city, reloaded(place, city, spec), options.stride, meter)
+            size, blocks, count = stored_mb(folder / f"all-{name}-{cell}", masks, sources, spec, options.every)
+            score_now = meter.percent()
+            rows.append(
+                {
+                    "setting": name,
+                    "channels": plain.channels,
+                    "cell_m": cell,
+                    "components": spec.coding.components if spec.coding else plain.channels,
+                    "mb_per_km": round(size / km, 3),
+                    "mb_per_km_in_disk_blocks": round(blocks / km, 3),
+                    "tiles": count,
+                    "miou": round(score_now["miou"], 2),
+                    "below_float32": round(reference.percent()["miou"] - score_now["miou"], 2),
+                    "iou": {key: round(value, 2) for key, value in score_now.items() if key != "miou"},
+                }
+            )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {
-        "channels": spec.channels,
-        "bits": spec.bits,
-        "cell_m": spec.cell,
-        "tiles": len(tiles),
-        "cells": cells,
-        "bytes_per_cell": round((size + 2 * record) / cells, 3),
-        "of_it": fields,
-        "mb_per_km": round((size + 2 * record) / 1e6 / km, 3),
-        "mb_per_km_in_disk_blocks": round((blocks + 2 * record) / 1e6 / km, 3),
+        "weights": weights,
+        "channels": plain.channels,
+        "fingerprint": plain.fingerprint,
+        "trained": read_description(Path(weights)).get("training", {}).get("device", ""),
+        "frames_scored": reference.frames,
+        "km": round(km, 3),
+        "float32": {key: round(value, 2) for key, value in reference.percent().items()},
+        "no_prior": {key: round(value, 2) for key, value in nothing.percent().items()},
+        "settings": rows,
     }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the settings as a Markdown table."""
+    lines = [
+        "| weights | channels | cell | setting | MB/km | in disk blocks | mIoU | below float32 |",
+        "|---" * 8 + "|",
+    ]
+    for result in results:
+        for row in result["settings"]:
+            lines.append(
+                f"| {Path(result['weights']).stem} | {row['channels']} | {row['cell_m']} m | {row['setting']} "
+                f"| {row['mb_per_km']:.2f} | {row['mb_per_km_in_disk_blocks']:.2f} | {row['miou']:.1f} "
+                f"| {row['below_float32']:+.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw what is lost over what is stored."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for result in results:
+        for cell in sorted({row["cell_m"] for row in result["settings"]}):
+            for kind, mark in (("bits", "s"), ("step", "o")):
+                rows = [row for row in result["settings"] if row["cell_m"] == cell and kind in row["setting"]]
+                points = sorted((row["mb_per_km"], row["below_float32"]) for row in rows)
+                name = f"{Path(result['weights']).stem}, {cell} m, {'by blocks' if kind == 'step' else 'bits'}"
+                axes.plot(*zip(*points, strict=True), f"{mark}-", markersize=4, label=name) if points else None
+    axes.axvline(0.3, color="grey", linewidth=0.8)
+    axes.axhline(0.5, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="MB per km of road driven", ylabel="mIoU below float32")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--maps", type=Path, help="nuScenes folder with the maps to render")
     parser.add_argument("--trajectories", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=3, help="so many are rendered, spread over the list")
-    parser.add_argument("--data", type=Path, help="a data set rendered before, of these scenes")
+    parser.add_argument("--weights", nargs="+", default=["cpu_default"])
+    parser.add_argument("--data", type=Path, nargs="+", help="data sets of one city each, rendered before")
     parser.add_argument("--version", default="v1.0-mini")
+    parser.add_argument("--steps", type=float, nargs="*", default=[96, 128, 192, 256, 384])
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4, 3, 2])
+    parser.add_argument("--cells", type=float, nargs="+", choices=(0.3, 0.6), default=[0.3, 0.6])
+    parser.add_argument("--stride", type=int, default=3, help="score every so many frames")
+    parser.add_argument("--every", type=int, default=4, help="write every so many of the tiles of the trajectories")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--plot", type=Path, help="also draw a picture (.png)")
     options = parser.parse_args()
-    every = json.loads(options.trajectories.read_text())
-    step = len(every) // options.scenes
-    chosen = every[step // 2 :: step][: options.scenes]
-    total_km = sum(length(scene["poses_xyyaw"]) for scene in every) / 1e3
-    km = sum(length(scene["poses_xyyaw"]) for scene in chosen) / 1e3
+    torch.manual_seed(0)
+    results = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        data = options.data
-        if data is None:
-            data = folder / "data"
-            (folder / "chosen.json").write_text(json.dumps(chosen))
-            arguments = ["--maps", options.maps, "--trajectories", folder / "chosen.json", "--out", data, "--seed", 1]
-            arguments += ["--scenes", len(chosen), "--render-scale", 0.22]
-            subprocess.run([sys.executable, "-m", "nmp_train.cli", "sim", *map(str, arguments)], check=True)
-        tiles: dict[Key, Cells] = {}
-        as_stored = 0
-        for number, city in enumerate(drive(data, options.version, folder / "prior")):
-            ledger = Ledger.open(Storage(folder / "prior" / city), read_only=True)
-            as_stored += ledger.storage.size()
-            for count, record in enumerate(ledger.drives()):
-                for (row, col), cells in ledger.load(record, digests(record)).items():
-                    # drives side by side, far from each other
-                    tiles[row + 2**14 * number, col + 2**14 * count] = cells
-        settings = [(32, b, 0.3) for b in (8, 4, 2)] + [(16, b, c) for c in (0.3, 0.6) for b in (8, 4, 2)]
-        touched = {cell: cells_touched(every, cell) for cell in (0.3, 0.6)}
-        results = []
-        for number, (channels, bits, cell) in enumerate(settings):
-            spec = PriorSpec(channels, cell, "footprint", bits)
-            row = measure(changed(tiles, channels, bits, cell == 0.6), spec, km, folder / str(number))
-            row["mb_per_km_of_all_trajectories"] = round(touched[cell] * row["bytes_per_cell"] / 1e6 / total_km, 3)
-            results.append(row)
-    text = json.dumps(
-        {
-            "rendered": {"scenes": [scene["scene"] for scene in chosen], "km": round(km, 3)},
-            "as_stored_mb_per_km": round(as_stored / 1e6 / km, 3),
-            "all": {"scenes": len(every), "km": round(total_km, 3), "cells": touched},
-            "settings": results,
-        },
-        indent=2,
-    )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+        data = options.data or [render(Path(temporary), seed) for seed in SEEDS]
+        for number, weights in enumerate(options.weights):
+            results.append(measure(weights, data, options, Path(temporary) / str(number)))
+            if options.out:  # whatever comes later, this is measured
+                options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))
+    print(table(results))
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `nmp prior render` costs, and how right the layers are that the prior alone gives.
 
-    python benchmarks/prior_render.py [--km 1 16] [--city PRIOR/LOCATION --maps DATAROOT] [--bag BAG] [--out FILE.json]
+    python benchmarks/prior_render.py [--km 1 16] [--city PRIOR/LOCATION --maps DATAROOT] [--bag BAG] \
+        [--weights gpu_default] [--out FILE.json]
 
 Cost: pictures and a web map of simulated streets of several lengths, random cells in a band of 30 m; the peak memory
 of the process and the seconds it took. Layers: a city that the shipped weights wrote, scored against its map expansion
@@ -28,6 +29,7 @@ from nmp.bags.reader import BagReader
 from nmp.citymap import CityMap
 from nmp.frame import CLASSES
 from nmp.geometry import BevGrid
+from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.preprocess import network_input
 from nmp.model.weights import load_network
 from nmp.prior import CityPrior, PriorSpec, Window
@@ -68,9 +70,9 @@ def cost(city: Path, out: Path, kinds: list[str]) -> dict[str, Any]:
     return {"chunks": chunks, "seconds": round(seconds, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
-def mean_features(bag: Path) -> torch.Tensor:
+def mean_features(bag: Path, weights: Path | None) -> torch.Tensor:
     """Return the mean features [1, C, 1, 1] of every third frame of a bag."""
-    network, _ = load_network()
+    network, _ = load_network(weights)
     found = []
     with BagReader(bag) as reader, torch.no_grad():
         for number, frame in enumerate(frames_of(reader, FrameAssembler())):
@@ -79,12 +81,12 @@ def mean_features(bag: Path) -> torch.Tensor:
     return torch.stack(found).mean(0)
 
 
-def scores(place: Path, maps: Path, bag: Path | None) -> dict[str, Any]:
+def scores(place: Path, maps: Path, bag: Path | None, weights: Path | None) -> dict[str, Any]:
     """Return the IoU (percent) of each class, where the city has evidence, for each filling."""
-    recall = Recall(load_network()[0])
+    recall = Recall(load_network(weights)[0])
     fillings = {"no image": recall.nothing, "zeros": torch.zeros_like(recall.nothing)}
     if bag is not None:
-        fillings["mean of frames"] = mean_features(bag)
+        fillings["mean of frames"] = mean_features(bag, weights)
     with City(place) as city:
         extent = city.prior.extent()
         assert extent is not None
@@ -110,12 +112,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--km", type=float, nargs="*", default=[1.0, 16.0], help="lengths of the streets")
     parser.add_argument("--kinds", nargs="+", default=["evidence"], help="of pictures of the streets")
-    parser.add_argument("--city", type=Path, help="a city that the shipped weights wrote")
+    parser.add_argument("--city", type=Path, help="a city that these weights wrote")
+    parser.add_argument("--weights", type=Path, help="(default: cpu_default; of the cost only the shape matters)")
     parser.add_argument("--maps", type=Path, help="data root with its map expansion")
     parser.add_argument("--bag", type=Path, help="a drive through it")
     options = parser.parse_args()
-    network, fingerprint = load_network()
-    spec = PriorSpec(network.state_channels, network.config.prior_cell, fingerprint, evidence_cap=4096)
+    network, fingerprint = load_network(options.weights)
+    cap = round(network.config.evidence_cap * EVIDENCE_SCALE)
+    spec = PriorSpec(network.state_channels, network.config.prior_cell, fingerprint, evidence_cap=cap)
     results: dict[str, Any] = {"weights": fingerprint, "kinds": options.kinds, "streets": {}}
     for km in options.km:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +128,7 @@ def main() -> None:
     if options.city:
         if not options.maps:
             parser.error("--city needs --maps")
-        results["iou"] = scores(options.city, options.maps, options.bag)
+        results["iou"] = scores(options.city, options.maps, options.bag, options.weights)
     text = json.dumps(results, indent=2)
     print(text)
     if options.out:

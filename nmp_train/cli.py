@@ -42,6 +42,7 @@ _MODULES = {
     "eval": "score weights on a nuScenes data set",
     "splits": "divide the scenes of a data set into training and validation",
     "export": "write weights for the node",
+    "coding": "make the coding with which a network's prior is written",
 }
 """commands that are modules of their own, each with ``add_arguments`` and ``run``"""
 _FILES = {"eval": "evaluate"}

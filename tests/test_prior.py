@@ -373,7 +373,7 @@ def test_other_latents_are_refused(tmp_path: Path, spec: PriorSpec, message: str
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 3}, "format 3, .* update nmp"),
+        ({"format": 4}, "format 4, .* update nmp"),
         ({"format": "x"}, "unreadable"),
         ({"location": "singapore-queenstown"}, "holds singapore-queenstown, not boston"),
         ({"spec": {"channels": 4}}, "unreadable"),

@@ -27,9 +27,11 @@ from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
-from nmp.model.weights import load_network
+from nmp.model.weights import load_network, read_description
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.coding import Coding
 from nmp.prior.record import Record
+from nmp.prior.storage import Place, Storage
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,12 @@ class OnlineMapper:
     """Maps frames to layers and remembers what it saw.
 
     :param weights: .safetensors file, None for the weights that come with nmp
-    :param prior_dir: folder of the city prior, None for :func:`default_prior_dir`; made when missing
+    :param prior_dir: folder or URL of the city prior, None for :func:`default_prior_dir`; made when missing
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
     :param vehicle: who drives: kept with what this drive adds to the prior
     :param whole: a drive counts only when :meth:`close` was reached: nothing of it is kept after a crash
+    :param coded: cities that this mapper begins have the coding beside the weights, where there is one
     :param limits: of the poses with which the prior is used
     :param device: cpu, cuda, cuda:1 ... or auto (a GPU where there is one)
     :param precision: fp32, bf16, or auto (bf16 where the device computes in it)
@@ -73,12 +76,13 @@ class OnlineMapper:
     def __init__(
         self,
         weights: Path | None = None,
-        prior_dir: Path | None = None,
+        prior_dir: Place | None = None,
         *,
         use_prior: bool = True,
         flush_interval_s: float = 2.0,
         vehicle: str = "",
         whole: bool = False,
+        coded: bool = True,
         limits: GateLimits | None = None,
         device: str = "cpu",
         precision: str = "auto",
@@ -88,13 +92,14 @@ class OnlineMapper:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
         self.config = self.network.config
-        self.prior_dir = Path(prior_dir) if prior_dir is not None else default_prior_dir()
+        self.prior_dir: Place = prior_dir if prior_dir is not None else default_prior_dir()
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
         self._whole = whole
         self._min_cameras = min_cameras
-        self._spec = _spec_of(self.network, self.fingerprint)
+        self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
+        """of cities that this mapper begins"""
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
@@ -105,10 +110,11 @@ class OnlineMapper:
         self.stages_s: dict[str, float] = {}
         """what each stage of the last update took, s"""
         self._cities: dict[str, CityPrior] = {}
-        if use_prior and self.prior_dir.is_dir():
-            # A foreign prior is refused before the first frame, not after the drive has begun.
-            for found in sorted(p.name for p in self.prior_dir.iterdir() if p.is_dir()):
-                CityPrior.open(self.prior_dir, found, self._spec, read_only=True).close()
+        if use_prior and (stored := Storage(self.prior_dir)).local is not None:
+            # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
+            # list every tile: there it is refused with the first frame.
+            for found in stored.children():
+                CityPrior.open(self.prior_dir, found, self.city_spec, read_only=True).close()
         self._side = window_side(self.config)
         prepare(self.network, place, precision)
         self._runner = Runner(
@@ -131,7 +137,7 @@ class OnlineMapper:
             self._cities[location] = CityPrior.open(
                 self.prior_dir,
                 location,
-                self._spec,
+                self.city_spec,
                 flush_interval_s=self._flush_interval_s,
                 vehicle=self._vehicle,
                 whole=self._whole,
@@ -221,10 +227,10 @@ class OnlineMapper:
         for city in self._cities.values():
             city.flush()
 
-    def use(self, prior_dir: Path) -> None:
-        """Let go of the prior, and go on with the one in another folder."""
+    def use(self, prior_dir: Place) -> None:
+        """Let go of the prior, and go on with the one in another folder or at another URL."""
         self.close()
-        self.prior_dir = Path(prior_dir)
+        self.prior_dir = prior_dir
 
     def close(self, recording: str = "") -> dict[str, Record]:
         """Commit what this drive added to the prior, release it, and return the drive by city. Safe to call twice.
@@ -290,13 +296,21 @@ def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple
     return images, pixel_from_base, present
 
 
-def _spec_of(network: BEVNetwork, fingerprint: str) -> PriorSpec:
+def _spec_of(network: BEVNetwork, fingerprint: str, coding: Coding | None) -> PriorSpec:
     """What a network keeps in the cells of a city, and how drives add up there."""
     config = network.config
     cap = round(config.evidence_cap * EVIDENCE_SCALE)
     # The state of the paper's recurrent unit is no sum of anything: the newest drive's is taken.
     merge = "sum" if config.fusion == "evidence" else "latest"
-    return PriorSpec(network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap)
+    return PriorSpec(
+        network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap, coding=coding
+    )
+
+
+def coding_beside(weights: Path | None) -> Coding | None:
+    """Return how cities that these weights begin are written, by the JSON beside them; None: channel by channel."""
+    values = read_description(weights).get("prior", {}).get("coding")
+    return Coding.from_dict(values) if values else None
 
 
 def _checked(answer: Answer) -> Answer:

@@ -23,6 +23,7 @@ from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame, LocalMap
 from nmp.layers import LayerWriter
 from nmp.pipeline import ahead
+from nmp.prior.storage import place_of
 from nmp.process import prepare_process
 
 if TYPE_CHECKING:
@@ -217,7 +218,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp map``."""
     parser.add_argument("bag", type=Path, metavar="BAG", help="bag folder, .mcap or .db3 file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the layers, one a keyframe")
-    parser.add_argument("--prior", type=Path, metavar="DIR", help="stored city prior: read, and updated by this drive")
+    parser.add_argument(
+        "--prior",
+        type=place_of,
+        metavar="DIR",
+        help="stored city prior, a folder or URL (s3://bucket/prefix): read, and updated by this drive",
+    )
     parser.add_argument("--no-prior", action="store_true", help="every frame on its own; nothing is read or stored")
     parser.add_argument(
         "--weights",

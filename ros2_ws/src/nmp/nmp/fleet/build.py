@@ -15,12 +15,12 @@ from nmp.fleet.pool import Pool, workers
 from nmp.fleet.survey import Survey
 from nmp.fleet.worker import Looked, Mapped, recordings_in
 from nmp.prior.ledger import Ledger, exists
-from nmp.prior.storage import Lock, Storage
+from nmp.prior.storage import Lock, Place, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.upkeep import digests
 from nmp.replay import THREADS
 
-Place = tuple[str, Key]
+Spot = tuple[str, Key]
 """city and tile"""
 
 
@@ -49,7 +49,7 @@ class Built:
 
 def build(
     bags: Sequence[Path],
-    prior: Path,
+    prior: Place,
     *,
     weights: Path | None = None,
     location: str = "",
@@ -72,7 +72,7 @@ def build(
     Raises :class:`NmpError` for bad bags, all named in one message, and when the prior cannot be used or another build
     is at work on it. Drives that were committed until then stay.
     """
-    prior = prior.absolute()
+    prior = prior.absolute() if isinstance(prior, Path) else prior
     built = Built()
     with _alone(prior), workers(prior, weights, location, count=count, address=address, threads=threads) as pool:
         surveys = _look(pool, [bag.absolute() for bag in bags], built)
@@ -89,7 +89,7 @@ def build(
     return built
 
 
-def _alone(prior: Path) -> Lock:
+def _alone(prior: Place) -> Lock:
     """Keep other builds of these cities out."""
     try:
         lock = Lock(Storage(prior), "build.lock", wait=False)
@@ -123,7 +123,7 @@ def _refuse(bad: dict[Path, str], total: int, skip_bad: bool) -> None:
         raise NmpError(f"nothing can be made of {len(bad)} of {total} bags: {hint}\n{reasons}")
 
 
-def _new_ones(surveys: list[Survey], prior: Path, built: Built) -> list[Survey]:
+def _new_ones(surveys: list[Survey], prior: Place, built: Built) -> list[Survey]:
     """Return the drives that are not in their city yet, each once, in the order of time."""
     drives: dict[tuple[str, str], Survey] = {}
     there = {place: recordings_in(prior, place) for place in {drive.location for drive in surveys}}
@@ -134,7 +134,7 @@ def _new_ones(surveys: list[Survey], prior: Path, built: Built) -> list[Survey]:
     return sorted(drives.values(), key=lambda drive: drive.order)
 
 
-def _touched(drives: list[Survey], weights: Path | None) -> list[set[Place]]:
+def _touched(drives: list[Survey], weights: Path | None) -> list[set[Spot]]:
     """Return the tiles that each drive can read or write with these weights."""
     from nmp.model.config import NetworkConfig
     from nmp.model.runner import window_side
@@ -145,9 +145,9 @@ def _touched(drives: list[Survey], weights: Path | None) -> list[set[Place]]:
     return [{(drive.location, key) for key in drive.tiles(side, config.prior_cell)} for drive in drives]
 
 
-def _late(drives: list[Survey], touched: list[set[Place]], prior: Path) -> int:
+def _late(drives: list[Survey], touched: list[set[Spot]], prior: Place) -> int:
     """Return how many drives are older than some that their city held already where they pass."""
-    newest: dict[Place, int] = {}
+    newest: dict[Spot, int] = {}
     for location in {drive.location for drive in drives}:
         storage = Storage(prior).below(location)
         if exists(storage):

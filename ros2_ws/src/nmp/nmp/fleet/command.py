@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nmp.errors import NmpError
+from nmp.prior.storage import place_of
 
 
 def add_arguments(actions: Any) -> None:
@@ -14,7 +15,7 @@ def add_arguments(actions: Any) -> None:
     text = "build cities from many recorded drives, on several workers"
     sub = actions.add_parser("build", help=text, description=f"{text.capitalize()}.")
     sub.add_argument("bags", nargs="+", type=Path, metavar="BAG", help="bag folders, .mcap or .db3 files")
-    sub.add_argument("--prior", type=Path, required=True, metavar="DIR", help="folder of the cities; may be new")
+    sub.add_argument("--prior", type=place_of, required=True, metavar="DIR", help="folder or URL of the cities")
     sub.add_argument("--weights", type=Path, metavar="FILE", help=".safetensors file (default: the shipped network)")
     sub.add_argument("--location", default="", help="the city, if the bags name none (e.g. boston-seaport)")
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="more than 1 need Ray (default: %(default)s)")

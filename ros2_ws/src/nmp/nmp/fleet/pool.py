@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from nmp.errors import NmpError
 from nmp.fleet.worker import Worker
+from nmp.prior.storage import Place
 
 _ANSWER_S = 5.0
 """within which a cluster has to take a connection, s"""
@@ -93,7 +94,7 @@ class _OnRay:
 
 @contextmanager
 def workers(
-    prior: Path, weights: Path | None, location: str, *, count: int, address: str, threads: int
+    prior: Place, weights: Path | None, location: str, *, count: int, address: str, threads: int
 ) -> Iterator[Pool]:
     """Start workers, and end them. See :class:`Worker` for the other parameters.
 

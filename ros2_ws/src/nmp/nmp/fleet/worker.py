@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nmp.errors import NmpError
 from nmp.fleet.survey import Survey, survey
 from nmp.prior.ledger import Ledger, exists
-from nmp.prior.storage import Storage
+from nmp.prior.storage import Place, Storage
 from nmp.replay import ReplaySummary, maps_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Worker:
     :param threads: of the CPU; the same number gives the same bytes
     """
 
-    def __init__(self, prior: Path, weights: Path | None, location: str, threads: int) -> None:
+    def __init__(self, prior: Place, weights: Path | None, location: str, threads: int) -> None:
         self._prior = prior
         self._weights = weights
         self._location = location
@@ -105,7 +105,7 @@ class _Unsaved(NmpError):
     """What a drive adds could not be saved."""
 
 
-def recordings_in(prior: Path, location: str) -> set[str]:
+def recordings_in(prior: Place, location: str) -> set[str]:
     """Return the hashes of the recordings that are in a city as a whole; none where there is no city."""
     storage = Storage(prior).below(location)
     return Ledger.open(storage, read_only=True).recordings() if exists(storage) else set()

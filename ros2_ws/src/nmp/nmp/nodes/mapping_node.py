@@ -39,6 +39,7 @@ from nmp.nodes.settings import Settings
 from nmp.nodes.statistics import RunStatistics
 from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
+from nmp.prior.storage import Place, place_of
 from nmp.process import prepare_process
 
 PRIOR_EVERY = 10.0
@@ -50,7 +51,7 @@ class Mapper(Protocol):
     """What the node needs of :class:`nmp.mapper.OnlineMapper`."""
 
     prior_error: str
-    prior_dir: Path
+    prior_dir: Place
     gates: PoseGate
 
     @property
@@ -67,7 +68,7 @@ def load_mapper(settings: Settings) -> Mapper:
 
     return OnlineMapper(
         _path(settings["weights"]),
-        _path(settings["prior_dir"]),
+        place_of(settings["prior_dir"]) if settings["prior_dir"] else None,
         use_prior=settings["use_prior"],
         flush_interval_s=settings["flush_interval"],
         device=settings["device"],

@@ -91,7 +91,7 @@ PARAMETERS = (
         "autostart", True, "Configure and activate at the start; false: wait for `ros2 lifecycle set`.", Change.NEVER
     ),
     Parameter("weights", "", "Network weights: a .safetensors file, cpu_default or gpu_default; empty: cpu_default."),
-    Parameter("prior_dir", "", "Folder of the stored city map; empty: ~/.local/share/nmp/prior."),
+    Parameter("prior_dir", "", "Folder or URL of the stored city map; empty: ~/.local/share/nmp/prior."),
     Parameter("location", "", "City of the prior, e.g. boston-seaport; empty: wait for the topic 'location'."),
     Parameter("use_prior", True, "False: the network alone, nothing is remembered."),
     Parameter(

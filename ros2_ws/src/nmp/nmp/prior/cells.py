@@ -13,12 +13,13 @@ from nmp.prior.window import PriorSpec
 
 FIELD_PLANES = 8
 """byte planes after the latent: evidence (2), last seen (4), traversals (2)"""
-AGREES, CONTRADICTS = 0.1, 0.2
+AGREES, CONTRADICTS = 0.15, 0.3
 """difference of two latents up to which they say the same, and from which they say another thing: |a - b|^2 as a share
 of |a|^2 + |b|^2, 1 for latents that have nothing in common. With the shipped network 0.02 is usual between two drives
-through an unchanged street (19 of 20 cells stay below 0.12), and 0.18 where a crossing has gone"""
+through an unchanged street (0.05 on a crossing), and 0.12 where a crossing has gone; benchmarks/prior_change.py"""
 TAKEN_BACK = 2
 """evidence that a contradicted cell loses, for each unit that contradicts it"""
+_NO_NOISE = np.float32(0)
 _PREDICTED = 4
 """bits from which codes are written as differences to their left neighbours: 17 % smaller at 8 bits, larger below 4"""
 
@@ -35,6 +36,8 @@ class Cells:
         """Unix time, s; 0 where no car has been"""
         self.traversals: NDArray[np.uint16] = np.zeros((TILE, TILE), np.uint16)
         """drives that saw the cell"""
+        self.coded: NDArray[np.uint8] | None = None
+        """the bytes that these cells were read from, with a coding: they are written as the same again"""
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +49,11 @@ class Cells:
         cells.latent, cells.evidence = self.latent.copy(), self.evidence.copy()
         cells.last_seen_s, cells.traversals = self.last_seen_s.copy(), self.traversals.copy()
         return cells
+
+    def become(self, other: Cells) -> None:
+        """Take over what another one holds, which is not to be used any more."""
+        self.latent, self.evidence = other.latent, other.evidence
+        self.last_seen_s, self.traversals, self.coded = other.last_seen_s, other.traversals, other.coded
 
     def pack(self) -> NDArray[np.uint8]:
         """Return a copy as bytes [channels + 8, 64, 64]; numbers of several bytes begin with the lowest."""
@@ -78,6 +86,7 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
     The result is rounded to what is stored after every drive, so that a state which was compacted on the way gives
     the same bytes as one which was not. All intermediate numbers are whole and below 2^24: float32 holds them exactly.
     """
+    state.coded = None
     seen = drive.last_seen_s > 0
     if spec.merge == "latest":
         np.copyto(state.latent, drive.latent, where=seen)
@@ -86,7 +95,8 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
         before, added = state.evidence.astype(np.float32), drive.evidence.astype(np.float32)
         both = (before > 0) & (added > 0)
         if both.any():
-            lost = np.rint(TAKEN_BACK * added * contradiction(state.latent, drive.latent, spec.bits))
+            noise = spec.coding.noise_of(state.evidence, drive.evidence) if spec.coding else _NO_NOISE
+            lost = np.rint(TAKEN_BACK * added * contradiction(state.latent, drive.latent, spec.bits, noise))
             before -= np.minimum(before, lost, where=both, out=np.zeros_like(before))
         total = before + added
         mean = state.latent * before
@@ -98,21 +108,33 @@ def fold(state: Cells, drive: Cells, spec: PriorSpec) -> None:
     np.maximum(state.last_seen_s, drive.last_seen_s, out=state.last_seen_s)
     visits = state.traversals.astype(np.uint32) + drive.traversals
     state.traversals[...] = np.minimum(visits, 65535)
+    if spec.coding:
+        state.become(decode(encode(state, spec), spec))
 
 
-def contradiction(a: NDArray[np.int8], b: NDArray[np.int8], bits: int) -> NDArray[np.float32]:
-    """Return how much latents [channels, rows, cols] contradict each other, [rows, cols] in 0..1.
+def contradiction(
+    a: NDArray[np.int8], b: NDArray[np.int8], bits: int, noise: NDArray[np.float32] | np.float32 = _NO_NOISE
+) -> NDArray[np.float32]:
+    """Return how much latents [channels, rows, cols] contradict each other, [rows, cols] in 0..1."""
+    share = difference(a, b, bits, noise)
+    return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
 
-    What rounding to ``bits`` bits may make them differ is left out. Every copy of a city has to find the same to the
-    bit: sums are of whole numbers, the rest is done cell by cell.
+
+def difference(
+    a: NDArray[np.int8], b: NDArray[np.int8], bits: int, noise: NDArray[np.float32] | np.float32 = _NO_NOISE
+) -> NDArray[np.float32]:
+    """Return |a - b|^2 of latents [channels, rows, cols] as a share of |a|^2 + |b|^2, [rows, cols].
+
+    What rounding to ``bits`` bits may make them differ is left out, and ``noise``, the mean square of what else does.
+    Every copy of a city has to find the same to the bit: sums are of whole numbers, the rest is done cell by cell.
     """
     x, y = a.astype(np.int32), b.astype(np.int32)
     lengths = _squares(x) + _squares(y)
     x -= y
     step = np.float32(254 / (2**bits - 1))
-    apart = np.maximum(_squares(x) - np.float32(len(a)) * step * step / np.float32(6), 0)
-    share = apart / np.maximum(lengths, 1)
-    return np.clip((share - np.float32(AGREES)) / np.float32(CONTRADICTS - AGREES), 0, 1)
+    apart = np.maximum(_squares(x) - np.float32(len(a)) * step * step / np.float32(6) - noise, 0)
+    share: NDArray[np.float32] = apart / np.maximum(lengths, 1)
+    return share
 
 
 def _squares(values: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -125,6 +147,10 @@ def _squares(values: NDArray[np.int32]) -> NDArray[np.float32]:
 
 def encode(cells: Cells, spec: PriorSpec) -> NDArray[np.uint8]:
     """Return the bytes [planes, 64, 64] in which committed cells are kept; their latents have to be on the grid."""
+    if spec.coding:
+        if cells.coded is not None:
+            return cells.coded
+        return spec.coding.write(cells.latent, cells.evidence, cells.last_seen_s, cells.traversals)
     planes = cells.pack()
     codes = planes[: spec.channels]
     if spec.bits < 8:
@@ -137,6 +163,11 @@ def encode(cells: Cells, spec: PriorSpec) -> NDArray[np.uint8]:
 
 def decode(planes: NDArray[np.uint8], spec: PriorSpec) -> Cells:
     """Return the cells that :func:`encode` wrote."""
+    if spec.coding:
+        coded = Cells(0)
+        coded.latent, coded.evidence, coded.last_seen_s, coded.traversals = spec.coding.read(planes)
+        coded.coded = planes
+        return coded
     cells = Cells.unpack(planes)
     codes = planes[: spec.channels]
     if spec.bits >= _PREDICTED:
@@ -151,7 +182,7 @@ def decode(planes: NDArray[np.uint8], spec: PriorSpec) -> Cells:
 
 def plane_count(spec: PriorSpec) -> int:
     """Return how many byte planes committed cells take."""
-    return spec.channels + FIELD_PLANES
+    return spec.coding.planes if spec.coding else spec.channels + FIELD_PLANES
 
 
 def digest(planes: NDArray[np.uint8]) -> int:

@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,7 @@ from nmp.prior.cells import Cells
 from nmp.prior.drive import OpenDrive, Tile
 from nmp.prior.ledger import Compacted, Ledger, State
 from nmp.prior.record import Record
-from nmp.prior.storage import Storage
+from nmp.prior.storage import Place, Storage
 from nmp.prior.tiles import Block, Key, blocks, bounds
 from nmp.prior.window import PriorSpec, Window
 
@@ -77,7 +76,7 @@ class CityPrior:
     @classmethod
     def open(
         cls,
-        folder: Path | str,
+        folder: Place,
         location: str,
         spec: PriorSpec,
         *,

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def _show(args: argparse.Namespace) -> None:
         head, extent = ledger.head(), bounds(keys)
         facts = {
             "location": ledger.location,
-            **asdict(ledger.spec),
+            **ledger.spec.to_dict(),
+            "coding": ledger.spec.coding.name if ledger.spec.coding else "",
             "base": head.base,
             "drives": sum(len(record.drives) or 1 for record in active),
             "left_out": list(head.left_out),

@@ -48,6 +48,7 @@ class Tile:
 
     def __init__(self, cells: Cells, spec: PriorSpec) -> None:
         self.cells = cells
+        self.cells.coded = None  # they are about to change
         self.spec = spec
         self.touched: NDArray[np.bool_] | None = None
         """[64, 64] cells that the own drive saw; None: none"""

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
 from nmp.prior.cells import Cells
-from nmp.prior.record import FORMAT, Record, check_spec, checked, unchecked
+from nmp.prior.coding import Coding
+from nmp.prior.record import FORMAT, FORMAT_CODED, Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import Planes, TileSet
@@ -27,6 +28,9 @@ from nmp.prior.window import PriorSpec
 _log = logging.getLogger(__name__)
 
 CITY = "city.json"
+CODING = "coding.json"
+CODING_SPARE = "coding.copy.json"
+"""how the cells of a city are written, where it has a coding: nothing can be read without it"""
 HEAD = "head.json"
 SPARE = "head.copy.json"
 COMMITS = "commits"
@@ -265,8 +269,10 @@ class Ledger:
         """
         order = sorted(keys)
         rows = [
-            (*key, int((cells.last_seen_s > 0).sum()), cell_bytes.digest(cell_bytes.encode(cells, self.spec)))
+            (*key, int((cells.last_seen_s > 0).sum()), cell_bytes.digest(planes))
             for key, cells in _in_batches(order, make)
+            # a coding leaves out what was hardly seen, which may be all of it
+            if (planes := cell_bytes.encode(cells, self.spec)).any()
         ]
         record = describe(rows)
         if record.id in known:
@@ -384,7 +390,28 @@ def exists(storage: Storage) -> bool:
 
 def create(storage: Storage, location: str, spec: PriorSpec) -> None:
     """Write what a new city is."""
-    storage.put(CITY, checked({"format": FORMAT, "location": location, "spec": asdict(spec)}))
+    content = {"format": FORMAT, "location": location, "spec": spec.to_dict()}
+    if spec.coding is not None:
+        coding = checked(spec.coding.to_dict())
+        for name in (CODING_SPARE, CODING):
+            storage.put(name, coding)
+        content |= {"format": FORMAT_CODED, "coding": spec.coding.name}
+    storage.put(CITY, checked(content))
+
+
+def coding_of(storage: Storage, name: str = "") -> Coding | None:
+    """Return the coding of a city from either copy, None where none is whole.
+
+    :param name: of the one that it has to be
+    """
+    for file in (CODING, CODING_SPARE):
+        try:
+            coding = Coding.from_dict(unchecked(storage.get(file) or b""))
+        except (ValueError, NmpError):
+            continue
+        if name in ("", coding.name):
+            return coding
+    return None
 
 
 def _read_city(storage: Storage) -> tuple[str, PriorSpec]:
@@ -400,12 +427,21 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec]:
     mend = "run nmp prior verify --repair on it, or restore it from a backup"
     try:
         version = json.loads(raw or b"")["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise NmpError(f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT}: update nmp")
+        if isinstance(version, int) and version > FORMAT_CODED:
+            raise NmpError(
+                f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT_CODED}: update nmp"
+            )
         values = unchecked(raw or b"")
-        if version != FORMAT:
+        if version not in (FORMAT, FORMAT_CODED):
             raise ValueError(f"format {version!r} never existed")
-        return str(values["location"]), PriorSpec(**values["spec"])
+        coding = None
+        if version == FORMAT_CODED:
+            coding = coding_of(storage, str(values["coding"]))
+            if coding is None:
+                raise NmpError(
+                    f"{storage.name} has lost {CODING} and its copy: bring one back from another copy of the city"
+                )
+        return str(values["location"]), PriorSpec(**values["spec"], coding=coding)
     except (ValueError, KeyError, TypeError) as error:
         raise NmpError(f"{where} is unreadable ({error}): {mend}") from error
 

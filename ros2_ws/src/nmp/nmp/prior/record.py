@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from nmp.prior.window import PriorSpec
 
 FORMAT = 2
 """the version of the stored layout that this code reads and writes"""
+FORMAT_CODED = 3
+"""that of cities with a coding; all else is as in version 2"""
 _TABLE = np.dtype([("row", "<i4"), ("col", "<i4"), ("cells", "<u2"), ("digest", "<u8")])
 
 
@@ -60,7 +62,7 @@ class Record:
         content = {
             "format": FORMAT,
             "location": self.location,
-            "spec": asdict(self.spec),
+            "spec": self.spec.to_dict(),
             "vehicle": self.vehicle,
             "first_ns": self.first_ns,
             "last_ns": self.last_ns,

@@ -14,6 +14,9 @@ import tensorstore as ts
 
 from nmp.errors import NmpError
 
+Place = Path | str
+"""a folder, or a URL of TensorStore such as s3://bucket/prefix"""
+_RETRIES = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "1s"}
 CONTEXT = ts.Context(
     {
         # saving shares the machine with the network: one thread compresses, and no second cache of tiles
@@ -23,6 +26,9 @@ CONTEXT = ts.Context(
         # every write goes to a file of its own name, is synced and renamed; the default would begin with what a
         # crash left of an earlier write, and keep the rest of it where the new content is shorter
         "file_io_locking": {"mode": "none"},
+        # when the network is gone a car should know within seconds; the default tries for minutes
+        "s3_request_retries": _RETRIES,
+        "gcs_request_retries": _RETRIES,
     }
 )
 ASIDE = ".corrupt"
@@ -34,11 +40,11 @@ class Storage:
     Methods raise :class:`NmpError` that names the blob when it cannot be reached.
     """
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: Place) -> None:
         text = str(place)
         if "://" in text:
             try:
-                self.spec: dict[str, Any] = ts.KvStore.Spec(text.rstrip("/") + "/").to_json()
+                self.spec: dict[str, Any] = _from_environment(ts.KvStore.Spec(text.rstrip("/") + "/").to_json())
             except ValueError as error:
                 raise NmpError(f"prior at {text}: {reason_of(error)}") from error
             self.name = text.rstrip("/")
@@ -172,6 +178,30 @@ class Storage:
                 except FileNotFoundError:  # replaced while this counts
                     continue
         return total
+
+
+def place_of(text: str) -> Place:
+    """Return a URL as it is, and anything else as the path of a folder."""
+    return text if "://" in text else Path(text).expanduser()
+
+
+def _from_environment(spec: dict[str, Any]) -> dict[str, Any]:
+    """Complete the spec of an S3 store by the variables that Amazon's own tools read, where they are set.
+
+    TensorStore reads the keys of an account by itself, but neither the endpoint of another store (MinIO, Ceph, ...)
+    nor, with such an endpoint, the region: docs.aws.amazon.com/sdkref/latest/guide/feature-ss-endpoints.html.
+    """
+    if spec["driver"] != "s3":
+        return spec
+    given = {
+        "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+        "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+        # without being told it also asks for files of a profile and for the metadata of a virtual machine
+        "aws_credentials": {"type": "environment"} if os.environ.get("AWS_ACCESS_KEY_ID") else None,
+    }
+    if given["endpoint"] and not given["aws_region"]:
+        given["aws_region"] = "us-east-1"  # most of these stores ignore it, but it is part of every signature
+    return spec | {key: value for key, value in given.items() if value}
 
 
 class Lock:

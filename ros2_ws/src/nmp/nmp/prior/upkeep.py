@@ -19,6 +19,8 @@ from nmp.prior.cells import digest as digest_of
 from nmp.prior.ledger import (
     BASES,
     CITY,
+    CODING,
+    CODING_SPARE,
     COMMITS,
     COPY,
     DRIVES,
@@ -27,6 +29,7 @@ from nmp.prior.ledger import (
     Head,
     Ledger,
     State,
+    coding_of,
     create,
     exists,
     with_left_out,
@@ -161,6 +164,11 @@ def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, s
         create(storage, source.location, source.spec)
     target = Ledger.open(storage)
     check_spec(source.storage.name, target.location, source.location, target.spec, source.spec)
+    if source.spec.coding != target.spec.coding:
+        raise NmpError(
+            f"{source.storage.name} and {storage.name} write their cells in different ways (nmp prior show: coding): "
+            "merge into a new folder, or map the drives again with the same weights"
+        )
     with maintaining(target):
         took_base = only is None and _merge_base(target, source, step)
         known, taken, skipped = target.known(), [], 0
@@ -239,7 +247,8 @@ def export(ledger: Ledger, out: Path, only: Sequence[str] | None = None, step: S
                 # a fixed date: the same drives give the same file
                 archive.writestr(zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0)), content)
 
-            add(ledger.storage, CITY, CITY)
+            for name in (CITY, CODING, CODING_SPARE) if ledger.spec.coding else (CITY,):
+                add(ledger.storage, name, name)
             for record in records:
                 folder = ledger.folder_of(record)
                 storage = ledger.storage.below(folder)
@@ -382,6 +391,13 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
                 if repair and good is not None:
                     storage.put(name, good)
                 findings.append(Finding(name, repair and good is not None))
+    if ledger.spec.coding is not None:
+        whole = checked(ledger.spec.coding.to_dict())
+        for name in (CODING, CODING_SPARE):
+            if storage.get(name) != whole:
+                if repair:
+                    storage.put(name, whole)
+                findings.append(Finding(name, repair))
     ledger.drives()  # puts aside what is damaged
     base = ledger.head().base
     if base:
@@ -460,7 +476,7 @@ def mend_city(storage: Storage) -> bool:
                 continue
             if raw is not None:
                 storage.put_aside(CITY)
-            create(storage, found.location, found.spec)
+            create(storage, found.location, replace(found.spec, coding=coding_of(storage)))
             return True
         raise
 

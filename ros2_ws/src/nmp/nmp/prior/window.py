@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from nmp.errors import NmpError
+
+if TYPE_CHECKING:
+    from nmp.prior.coding import Coding
 
 MERGES = ("sum", "latest")
 
@@ -29,6 +33,9 @@ class PriorSpec:
     """how drives add up: sum (mean weighted by evidence) or latest (a cell is what the newest drive left there)"""
     evidence_cap: int = 65535
     """most evidence that a cell holds: bounds how long a changed street is remembered wrong"""
+    coding: Coding | None = None
+    """how the cells of committed drives are written; None: each channel by itself, in ``bits``. A new city gets it from
+    whoever makes it, afterwards the city's own counts"""
 
     def __post_init__(self) -> None:
         if self.channels < 1:
@@ -43,6 +50,15 @@ class PriorSpec:
             raise NmpError(f"prior with merge rule {self.merge!r}: choose {' or '.join(MERGES)}")
         if not 1 <= self.evidence_cap <= 65535:
             raise NmpError(f"prior with an evidence cap of {self.evidence_cap}: choose 1 to 65535")
+        if self.coding is not None and (self.coding.channels != self.channels or self.bits != 8):
+            raise NmpError(
+                f"prior of {self.channels} channels in {self.bits} bits with a coding of {self.coding.channels} in 8: "
+                "use the one that belongs to the weights"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the coding as values for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "coding"}
 
 
 @dataclass(frozen=True)
