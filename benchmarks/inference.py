@@ -152,8 +152,8 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
             if alignment is not None:
                 pose = fusion.moved(pose, alignment.offset)
             latent, evidence = fused.read(memory, pose, origin)
-            bev, _ = fused.level(bev, latent, evidence)
-            features = fused.fuse(bev, latent, evidence, alignment)
+            level, _ = fused.level(bev, latent, evidence)
+            features = fused.fuse(level, latent, evidence, alignment)
             memory = fused.write(memory, bev, features, pose, origin, alignment)
         return features, *quantize(memory)
 

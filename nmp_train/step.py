@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nmp.errors import NmpError
@@ -163,7 +162,6 @@ class TrainingStep(nn.Module):
                 errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
             with torch.no_grad():
                 used.append(moved(pose[:, now], found.offset))
-                frame, _ = fusion.level(frame, *fusion.read(memory, used[-1], origin))
                 memory = fusion.write(memory, frame, frame, used[-1], origin, found, draws.repeat[:, now])
         loss = torch.stack(errors).mean()
         return {"loss": loss, "alignment": loss}
@@ -199,7 +197,6 @@ class TrainingStep(nn.Module):
                 if now:
                     loss = self._slope(output.slope, batch, at, used, draws.repeat, now)
                     errors.setdefault("slope", []).append(loss)
-                at = moved(at, functional.pad(output.slope.shift.detach(), (0, 1)))
             used.append(at)
         return outputs, {name: torch.stack(values).mean() for name, values in errors.items()}
 

@@ -66,7 +66,7 @@ def test_the_loss_of_the_slope_is_least_where_it_really_is() -> None:
     forward, left, shift = 0.005, -0.0025, leveller.step_m
     score = torch.full((1, 7, 7, 5, 5), -30.0)
     score[0, 3 - 1, 3 + 2, 2, 2 + 1] = 0.0  # left by one step down, forward by two up, ahead by one
-    found = Slope(torch.zeros(1, 2), torch.zeros(1, 2), score.flatten(1).log_softmax(1).view_as(score))
+    found = Slope(torch.zeros(1, 2), score.flatten(1).log_softmax(1).view_as(score))
     weight = torch.ones(1)
 
     def loss(slope: tuple[float, float], ahead: float) -> float:

@@ -146,8 +146,10 @@ class BEVNetwork(nn.Module):
             # The search learns from its own loss: gradients through the places of cells only add noise.
             pose = fusion.moved(pose, alignment.offset.detach())
         latent, evidence = self.fusion.read(memory, pose, origin)
-        bev, slope = self.fusion.level(bev, latent, evidence)
-        features = self.fusion.fuse(bev, latent, evidence, alignment)
+        level, slope = self.fusion.level(bev, latent, evidence)
+        features = self.fusion.fuse(level, latent, evidence, alignment)
+        # What was seen is stored as it was seen: slopes differ from look to look and their mean is none, but what is
+        # levelled by the map would repeat the map's own errors.
         memory = self.fusion.write(memory, bev, features, pose, origin, alignment, repeat)
         return self.decode(features)._replace(alignment=alignment, slope=slope), memory
 

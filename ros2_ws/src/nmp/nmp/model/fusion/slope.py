@@ -24,7 +24,7 @@ SLOPE_STEP = 0.0025
 """between them, rise per metre over the height of the cameras, 1/m"""
 SHIFTS = 2
 """shifts tried with every slope to either side along each axis, in steps of two BEV cells: a slope and an error of the
-pose look much alike"""
+pose look much alike, and what is an error of the pose must not be taken for a slope"""
 FEATURES = 8
 USUAL_SLOPE = 0.0033
 """standard deviation before anything is seen, 1/m: 0.005 rad under cameras at 1.5 m"""
@@ -36,8 +36,6 @@ class Slope(NamedTuple):
 
     slope: Tensor
     """[B, 2] rise of the ground forward and to the left per metre, over the height of the cameras, 1/m"""
-    shift: Tensor
-    """[B, 2] forward, left (m) that the pose is still off"""
     log_probability: Tensor
     """[B, slopes left, slopes forward, shifts left, shifts forward]"""
 
@@ -67,9 +65,7 @@ class Leveller(nn.Module):
         far = (shift[:, None] ** 2 + shift[None, :] ** 2) / USUAL_SHIFT_M**2 / 2
         self.bias = nn.Parameter(-(steep[:, :, None, None] + far))
         self.register_buffer("slope", slope, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
         self.slope: Tensor
-        self.shift: Tensor
         rows, cols = grid.shape
         fine = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(rows, cols, 2)
         coarse = functional.avg_pool2d(fine.permute(2, 0, 1), 2).permute(1, 2, 0)
@@ -103,19 +99,18 @@ class Leveller(nn.Module):
         score = score.view(b, *self.bias.shape) + self.bias.float()
         log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
         p = log_probability.exp()
-        slopes, shifts = p.sum(dim=(3, 4)), p.sum(dim=(1, 2))
+        slopes = p.sum(dim=(3, 4))
         return Slope(
             torch.stack([slopes.sum(dim=1) @ self.slope, slopes.sum(dim=2) @ self.slope], dim=1),
-            torch.stack([shifts.sum(dim=1) @ self.shift, shifts.sum(dim=2) @ self.shift], dim=1),
             log_probability,
         )
 
     def level(self, bev: Tensor, found: Slope) -> Tensor:
-        """Return features [B, C, rows, cols] where they would be on level ground, at the shifted pose.
+        """Return features [B, C, rows, cols] where they would be on level ground.
 
         No gradient goes into what was found.
         """
-        where = _seen_at(self.centres, found.slope.detach()) - found.shift.detach()[:, None, None]
+        where = _seen_at(self.centres, found.slope.detach())
         with torch.autocast(bev.device.type, enabled=False):
             # not in bfloat16: its places would be off by a cell
             moved = functional.grid_sample(bev.float(), where / self.edge, padding_mode="border", align_corners=False)
