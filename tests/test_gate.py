@@ -230,10 +230,20 @@ def test_the_search_of_the_network_reaches_the_gate(weights: Path, frames: list[
         seen: list[np.ndarray | None] = []
         ask = mapper.gates.may_store
         mapper.gates.may_store = lambda found: (seen.append(found), ask(found))[1]  # type: ignore[method-assign]
-        mapper.update(frames[0])
-    assert seen[0] is not None and seen[0].shape == (6,)
-    # nothing is stored yet: the search claims nothing
-    assert np.abs(seen[0][:3]).max() < 1e-3 and seen[0][3] > 0.8
+        for frame in (
+            dataclasses.replace(frames[0], position_std=0.5, yaw_std=0.02),
+            dataclasses.replace(
+                _shifted(frames[1], 500.0), position_std=0.0, yaw_std=0.0
+            ),  # a jump, to where nothing is
+        ):
+            mapper.update(frame)
+        mapper.close()
+        mapper.update(dataclasses.replace(_shifted(frames[2], 900.0), position_std=0.0, yaw_std=0.0))
+    assert all(f is not None and f.shape == (6,) and np.abs(f[:3]).max() < 1e-3 for f in seen), "nothing is stored yet"
+    spread = [f[3] for f in seen if f is not None]
+    assert 0.8 < spread[0] < 1.1, "twice what the pose says: it claims nothing"
+    assert 0.8 < spread[1] < 1.1, "after a jump what the pose says is not believed"
+    assert spread[2] < 0.1, "exact it is in the first frame of another drive"
 
 
 def test_every_limit_is_a_parameter_of_the_node_with_its_default_in_range() -> None:

@@ -144,6 +144,11 @@ class PoseGate:
         )
         return self._weight
 
+    @property
+    def doubts_motion(self) -> bool:
+        """Whether the pose jumped, so that what it says of its own exactness is not believed."""
+        return self._settling > 0
+
     def may_store(self, found: NDArray[np.float32] | None) -> bool:
         """Tell whether the frame that was checked last may be stored.
 

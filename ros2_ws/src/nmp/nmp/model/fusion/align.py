@@ -22,12 +22,12 @@ TURNS = 5
 """turns tried to either side"""
 TURN_RAD = math.radians(1.25)
 FEATURES = 8
-USUAL = (1.0, math.radians(2.0))
-"""how far pose and map may be apart, m and rad, where nobody says: standard deviations"""
+USUAL = (0.5, math.radians(1.0))
+"""how far a pose is off, m and rad, where nobody says: standard deviations"""
 MAP_AS_WELL = 2.0
-"""how far they may be apart, in standard deviations of the pose: what is stored was put there at poses like it"""
+"""how far pose and map may be apart, in standard deviations of the pose: what is stored was put there at poses like it"""
 SURE = (0.05, 0.002)
-"""they are no closer than this"""
+"""they are no closer than this, m and rad"""
 
 
 class Alignment(NamedTuple):
@@ -95,7 +95,7 @@ class Aligner(nn.Module):
         # What is stored at x + d is seen at x: compared from the stored side, that is the opposite shift.
         score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
         score = score * (self.scale.exp() / math.sqrt(FEATURES))
-        variance = (self.usual if spread is None else MAP_AS_WELL * spread.float()) ** 2 + self.sure**2
+        variance = (MAP_AS_WELL * (self.usual if spread is None else spread.float())) ** 2 + self.sure**2
         score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
         log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
         p = log_probability.exp()
