@@ -25,7 +25,7 @@ FEATURES = 8
 USUAL = (0.5, math.radians(1.0))
 """how far a pose is off, m and rad, where nobody says: standard deviations"""
 MAP_AS_WELL = 2.0
-"""how far pose and map may be apart, in standard deviations of the pose: what is stored was put there at poses like it"""
+"""how far pose and map may be apart, in standard deviations of the pose: what is stored came at poses like it"""
 SURE = (0.05, 0.002)
 """they are no closer than this, m and rad"""
 
