@@ -80,6 +80,13 @@ def test_spurs_are_cut_off() -> None:
     assert element.geometry.length == pytest.approx(40.0, abs=0.6)
 
 
+def test_a_star_that_is_all_spurs_is_nothing() -> None:
+    found = np.zeros((3, *GRID.shape), np.float32)
+    for k in range(5):  # a cross of five pixels to either side, the only thing in its layer
+        found[0, 50, [60 - k, 60 + k]] = found[0, [50 - k, 50 + k], 60] = 1.0
+    assert vectorize(found, GRID) == []
+
+
 def test_a_closed_line_is_a_ring() -> None:
     square = [(0, 0), (8, 0), (8, 8), (0, 8), (0, 0)]
     element = only(vectorize(layers(boundary=[square])))

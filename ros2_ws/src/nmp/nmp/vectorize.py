@@ -201,7 +201,8 @@ def skeleton_edges(skeleton: NDArray[np.uint8], embedding: NDArray[np.float32] |
 
 
 def _merged(lines: NDArray[np.object_] | list[LineString]) -> list[LineString]:
-    return list(shapely.get_parts(shapely.line_merge(shapely.multilinestrings(lines))))
+    # shapely makes no collection of nothing
+    return list(shapely.get_parts(shapely.line_merge(shapely.multilinestrings(lines)))) if len(lines) else []
 
 
 def _longest(lines: list[LineString], most: int | None) -> list[LineString]:
