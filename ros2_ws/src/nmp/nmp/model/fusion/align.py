@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import correlate
+from nmp.model.fusion.correlate import FEATURES, correlate, features_of
 
 SHIFTS = 6
 """shifts tried to either side along each axis, in steps of two BEV cells"""
 TURNS = 5
 """turns tried to either side"""
 TURN_RAD = math.radians(1.25)
-FEATURES = 8
 USUAL = (0.5, math.radians(1.0))
 """how far a pose is off, m and rad, where nobody says: standard deviations"""
 MAP_AS_WELL = 2.0
@@ -51,8 +50,8 @@ class Aligner(nn.Module):
     def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
         super().__init__()
         self.step_m = 2 * grid.resolution
-        self.seen = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
-        self.stored = nn.Sequential(nn.Conv2d(prior_channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        self.seen = features_of(channels)
+        self.stored = features_of(prior_channels)
         self.scale = nn.Parameter(torch.tensor(-2.0))
         shift = torch.arange(-SHIFTS, SHIFTS + 1) * self.step_m
         turn = torch.arange(-TURNS, TURNS + 1) * TURN_RAD

@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+FEATURES = 8
+"""channels that are compared"""
+
+
+def features_of(channels: int) -> nn.Sequential:
+    """Return the layers that make what is compared of features or latents with so many channels."""
+    return nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
 
 
 def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:

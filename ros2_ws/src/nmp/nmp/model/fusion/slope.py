@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import correlate
+from nmp.model.fusion.correlate import FEATURES, correlate, features_of
 
 SLOPES = 3
 """slopes tried to either side along each axis"""
@@ -25,7 +25,6 @@ SLOPE_STEP = 0.0025
 SHIFTS = 2
 """shifts tried with every slope to either side along each axis, in steps of two BEV cells: a slope and an error of the
 pose look much alike, and what is an error of the pose must not be taken for a slope"""
-FEATURES = 8
 USUAL_SLOPE = 0.0033
 """standard deviation before anything is seen, 1/m: 0.005 rad under cameras at 1.5 m"""
 USUAL_SHIFT_M = 0.5
@@ -52,8 +51,8 @@ class Leveller(nn.Module):
     def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
         super().__init__()
         self.step_m = 2 * grid.resolution
-        self.seen = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
-        self.stored = nn.Sequential(nn.Conv2d(prior_channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+        self.seen = features_of(channels)
+        self.stored = features_of(prior_channels)
         last = self.stored[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         nn.init.zeros_(last.weight)
