@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import FEATURES, correlate, features_of
+from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
 
 SHIFTS = 6
 """shifts tried to either side along each axis, in steps of two BEV cells"""
@@ -66,9 +66,7 @@ class Aligner(nn.Module):
         self.sure: Tensor
         self.shift: Tensor
         self.turn: Tensor
-        rows, cols = grid.shape
-        half = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(rows, cols, 2)
-        coarse = functional.avg_pool2d(half.permute(2, 0, 1), 2).permute(1, 2, 0)  # centres of the coarse cells, m
+        _, coarse = centres_of(grid)
         c, s = torch.cos(turn)[:, None, None], torch.sin(turn)[:, None, None]
         x, y = coarse[..., 0], coarse[..., 1]
         turned = torch.stack([(c * x - s * y) / (grid.length / 2), (s * x + c * y) / (grid.width / 2)], dim=-1)

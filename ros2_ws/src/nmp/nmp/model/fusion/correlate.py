@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nmp.geometry import BevGrid
+
 FEATURES = 8
 """channels that are compared"""
 
@@ -15,6 +17,15 @@ FEATURES = 8
 def features_of(channels: int) -> nn.Sequential:
     """Return the layers that make what is compared of features or latents with so many channels."""
     return nn.Sequential(nn.Conv2d(channels, 32, 1), nn.ReLU(), nn.Conv2d(32, FEATURES, 3, 1, 1))
+
+
+def centres_of(grid: BevGrid) -> tuple[Tensor, Tensor]:
+    """Return the middles (m) of the cells of a grid [rows, cols, 2], and of squares of four [rows / 2, cols / 2, 2].
+
+    The squares are what is compared.
+    """
+    fine = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(*grid.shape, 2)
+    return fine, functional.avg_pool2d(fine.permute(2, 0, 1), 2).permute(1, 2, 0)
 
 
 def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import FEATURES, correlate, features_of
+from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
 
 SLOPES = 3
 """slopes tried to either side along each axis"""
@@ -65,9 +65,7 @@ class Leveller(nn.Module):
         self.bias = nn.Parameter(-(steep[:, :, None, None] + far))
         self.register_buffer("slope", slope, persistent=False)
         self.slope: Tensor
-        rows, cols = grid.shape
-        fine = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(rows, cols, 2)
-        coarse = functional.avg_pool2d(fine.permute(2, 0, 1), 2).permute(1, 2, 0)
+        fine, coarse = centres_of(grid)
         half = torch.tensor([grid.length / 2, grid.width / 2])
         every = torch.stack([torch.stack([x, y]) for y, x in itertools.product(slope, slope)])  # [slopes, 2]
         self.register_buffer("where", _seen_at(coarse, every) / half, persistent=False)
