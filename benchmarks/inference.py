@@ -126,7 +126,7 @@ def measure_way(
     out["frame"] = measure(runner.program.run, repeats, device)
     images = inputs.images.permute(0, 1, 4, 2, 3)
     cells = (inputs.latent[0].numpy(), inputs.evidence[0, 0].numpy().view(np.uint16))
-    given = (images, inputs.pixel_from_base, inputs.present, inputs.pose, *cells)
+    given = (images, inputs.pixel_from_base, inputs.present, inputs.pose, inputs.spread, *cells)
     out["with_transfers"] = measure(lambda: runner.run(*given), repeats, device)
     for name, part in parts(network, inputs, precision, way).items():
         out[name] = measure(part.run, repeats, device)

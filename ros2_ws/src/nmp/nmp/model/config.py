@@ -45,7 +45,7 @@ class NetworkConfig:
     prior_channels: int = 32
     prior_cell: float = 0.3
     """cell of the city prior, m"""
-    evidence_cap: float = 16.0
+    evidence_cap: float = 32.0
     """most evidence that a prior cell holds: bounds how long a changed street is remembered wrong"""
     fusion: str = "evidence"
     """how the prior is used and updated: evidence (map-aligned weighted mean) or paper (Xiong et al., CVPR 2023)"""

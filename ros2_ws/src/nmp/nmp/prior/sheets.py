@@ -27,7 +27,7 @@ from nmp.draw import (
 )
 from nmp.errors import NmpError
 from nmp.frame import CLASSES
-from nmp.model.fusion import EVIDENCE_SCALE
+from nmp.model.fusion import EVIDENCE_SCALE, MAX_WEIGHT
 from nmp.model.weights import load_network
 from nmp.page import hex_colour
 from nmp.prior.city import CityPrior
@@ -186,12 +186,12 @@ class ShadedSheet(Sheet):
 class EvidenceSheet(ShadedSheet):
     """How much stands behind each cell, from nothing to the cap."""
 
-    name, colours, caption = "evidence", "viridis", "evidence, in frames that saw the cell well"
+    name, colours, caption = "evidence", "viridis", "evidence, in frames that saw the cell as well as can be"
 
     def __init__(self, city: City) -> None:
         super().__init__(city)
         self._most = city.ledger.spec.evidence_cap
-        frames = self._most / EVIDENCE_SCALE
+        frames = self._most / EVIDENCE_SCALE / MAX_WEIGHT
         self.ticks = [(share, f"{share * frames:.3g}") for share in (0.0, 0.5, 1.0)]
 
     def read(self, window: Window) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid
 from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
+from nmp.model.sampling import sample
 
 SHIFTS = 6
 """shifts tried to either side along each axis, in steps of two BEV cells"""
@@ -55,8 +56,6 @@ class Aligner(nn.Module):
         self.scale = nn.Parameter(torch.tensor(-2.0))
         shift = torch.arange(-SHIFTS, SHIFTS + 1) * self.step_m
         turn = torch.arange(-TURNS, TURNS + 1) * TURN_RAD
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("turn", turn, persistent=False)
         far = torch.stack(torch.broadcast_tensors(shift[:, None] ** 2 + shift**2, turn[:, None, None] ** 2))
         self.register_buffer("far", far, persistent=False)  # [2, turns, shifts, shifts], m2 and rad2
         self.register_buffer("usual", torch.tensor([USUAL]), persistent=False)
@@ -64,14 +63,18 @@ class Aligner(nn.Module):
         self.far: Tensor
         self.usual: Tensor
         self.sure: Tensor
-        self.shift: Tensor
-        self.turn: Tensor
         _, coarse = centres_of(grid)
         c, s = torch.cos(turn)[:, None, None], torch.sin(turn)[:, None, None]
         x, y = coarse[..., 0], coarse[..., 1]
         turned = torch.stack([(c * x - s * y) / (grid.length / 2), (s * x + c * y) / (grid.width / 2)], dim=-1)
         self.register_buffer("where", turned, persistent=False)  # [turns, rows / 2, cols / 2, 2]
         self.where: Tensor
+        # Shifts are those of the turned car, (x + d) under a turn: turn them back into the given ego frame.
+        left, forward = shift[:, None], shift[None, :]
+        parts = (c * forward - s * left, s * forward + c * left, turn[:, None, None])
+        motions = torch.stack(torch.broadcast_tensors(*parts)).flatten(1)
+        self.register_buffer("moments", torch.cat([motions, motions**2]).T.contiguous(), persistent=False)
+        self.moments: Tensor
 
     def forward(self, bev: Tensor, latent: Tensor, evidence: Tensor, spread: Tensor | None = None) -> Alignment:
         """Score every motion.
@@ -82,28 +85,23 @@ class Aligner(nn.Module):
         :param spread: [B, 2] standard deviations of position (m) and heading (rad) of the given pose, None for unknown:
             how likely every motion is before anything is compared
         """
-        b, turns = bev.shape[0], len(self.turn)
-        trust = evidence / (evidence + 1)
-        seen = functional.avg_pool2d(self.seen(bev), 2).float()
-        stored = functional.avg_pool2d(self.stored(latent).float() * trust.float(), 2)
-        # Stored cells under each turn: what a cell at x would be if the car were turned.
-        grid = self.where.expand(b, -1, -1, -1, -1).flatten(0, 1)
-        turned = functional.grid_sample(stored.repeat_interleave(turns, dim=0), grid, align_corners=False)
-        # What is stored at x + d is seen at x: compared from the stored side, that is the opposite shift.
-        score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
-        score = score * (self.scale.exp() / math.sqrt(FEATURES))
-        variance = (MAP_AS_WELL * (self.usual if spread is None else spread.float())) ** 2 + self.sure**2
-        score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
-        log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
-        p = log_probability.exp()
-        # Shifts are those of the turned car, (x + d) under a turn: turn them back into the given ego frame.
-        left, forward = self.shift[:, None], self.shift[None, :]
-        c, s = torch.cos(self.turn)[:, None, None], torch.sin(self.turn)[:, None, None]
-        parts = (c * forward - s * left, s * forward + c * left, self.turn[:, None, None])
-        values = torch.stack(torch.broadcast_tensors(*parts))  # [3, turns, shifts, shifts]
-        mean = torch.einsum("btyx,ctyx->bc", p, values)
-        square = torch.einsum("btyx,ctyx->bc", p, values**2)
-        return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability)
+        b, turns = bev.shape[0], len(self.where)
+        trust = functional.avg_pool2d((evidence / (evidence + 1)).float(), 2)
+        seen = self.seen(functional.avg_pool2d(bev, 2)).float()
+        stored = self.stored(functional.avg_pool2d(latent.to(bev.dtype), 2)).float() * trust
+        # Not in bfloat16: its places would be off by a cell, and its spreads by more than they are.
+        with torch.autocast(bev.device.type, enabled=False):
+            # Stored cells under each turn: what a cell at x would be if the car were turned.
+            grid = self.where.expand(b, -1, -1, -1, -1).flatten(0, 1)
+            turned = sample(stored.repeat_interleave(turns, dim=0), grid)
+            # What is stored at x + d is seen at x: compared from the stored side, that is the opposite shift.
+            score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
+            score = score * (self.scale.exp() / math.sqrt(FEATURES))
+            variance = (MAP_AS_WELL * (self.usual if spread is None else spread.float())) ** 2 + self.sure**2
+            score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
+            log_probability = score.flatten(1).log_softmax(dim=1)
+            mean, square = (log_probability.exp() @ self.moments).chunk(2, dim=1)
+        return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability.view_as(score))
 
 
 def moved(pose: Tensor, offset: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nmp.model.blocks import Residual, conv_bn_relu
+from nmp.model.blocks import ConvBnRelu, Residual
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
@@ -21,7 +21,10 @@ from nmp.model.fusion.slope import Leveller, Slope
 LATENT_SCALE = 127.0
 """int8 steps per unit of latent: latents lie in -1..1"""
 EVIDENCE_SCALE = 256.0
-"""uint16 steps per unit of evidence"""
+"""uint16 steps per unit of evidence: a cell with one unit is trusted by half"""
+MAX_WEIGHT = 4.0
+"""evidence of a cell that one frame saw as well as can be: from far away it may be a hundredth of that, as what is 20 m
+away is seen a metre off its place"""
 
 
 class Surroundings(nn.Module):
@@ -31,8 +34,8 @@ class Surroundings(nn.Module):
         super().__init__()
         wide = channels * 3 // 2
         self.mix_full = Residual(channels)
-        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
-        self.down_quarter = nn.Sequential(conv_bn_relu(wide, wide, 2), Residual(wide))
+        self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
+        self.down_quarter = nn.Sequential(ConvBnRelu(wide, wide, 2), Residual(wide))
         self.up_half = nn.Conv2d(wide, wide, 1)
         self.up_full = nn.Conv2d(wide, channels, 1)
 
@@ -65,6 +68,8 @@ class EvidenceFusion(nn.Module):
         self.frame_in = nn.Conv2d(channels, channels, 1, bias=False)
         self.prior_mix = Surroundings(channels)
         self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
+        assert self.weight.bias is not None
+        nn.init.constant_(self.weight.bias, -2.5)  # few cells are seen well
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)
@@ -117,16 +122,16 @@ class EvidenceFusion(nn.Module):
         prior = self.prior_in(torch.cat([latent * trust, trust], dim=1))
         if self.spread_in is not None and alignment is not None:
             prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
-        prior = (prior + self.frame_in(bev)).relu_()
+        prior = (prior + self.frame_in(bev)).relu_().to(bev.dtype)
         # In the precision of the features: what follows must not round otherwise where nothing was added.
         return bev + (trust * self.prior_out(self.prior_mix(prior))).to(bev.dtype)
 
     def observe(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """What this frame adds to the prior: (weight x latent [B, D, rows, cols], weight [B, 1, rows, cols]).
 
-        Latents lie in -1..1, weights in 0..1: the network itself says how much a cell was really seen.
+        Latents lie in -1..1, weights in 0..4: the network itself says how well a cell was seen.
         """
-        weight = torch.sigmoid(self.weight(bev).float())
+        weight = MAX_WEIGHT * torch.sigmoid(self.weight(bev).float())
         return torch.tanh(self.latent(bev).float()) * weight, weight
 
     def write(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nmp.geometry import BevGrid
+from nmp.model.sampling import sample
 
 
 def ego_to_map(
@@ -28,13 +28,9 @@ def ego_to_map(
     :param mode: bilinear, or nearest for the cell that holds the point
     :return: [B, C, rows, cols]; zero outside the ego region
     """
-    x = (torch.arange(cols, device=values.device, dtype=torch.float32) + 0.5) * cell
-    y = (torch.arange(rows, device=values.device, dtype=torch.float32) + 0.5) * cell
-    dx = (x + origin[:, :1] - pose[:, :1])[:, None, :]  # [B, 1, cols]
-    dy = (y + origin[:, 1:2] - pose[:, 1:2])[:, :, None]  # [B, rows, 1]
-    c, s = torch.cos(pose[:, 2])[:, None, None], torch.sin(pose[:, 2])[:, None, None]
-    where = torch.stack([(c * dx + s * dy) / (grid.length / 2), (-s * dx + c * dy) / (grid.width / 2)], dim=-1)
-    return functional.grid_sample(values, where.to(values.dtype), mode=mode, align_corners=False)
+    place = (_centres(rows, cols, cell, values.device) + _offset(origin, pose)) * _turn(-pose[:, 2])
+    where = torch.view_as_real(place) * _pair(2 / grid.length, 2 / grid.width, values.device)
+    return sample(values, where.to(values.dtype), mode)
 
 
 def map_to_ego(
@@ -46,13 +42,38 @@ def map_to_ego(
     :return: [B, C, grid rows, grid cols]; zero outside the window
     """
     rows, cols = window.shape[-2:]
-    # The cells are counted on the device: a copy from the host would make a GPU wait.
-    across, along = (
-        (torch.arange(count, device=window.device, dtype=torch.float32) + 0.5) * grid.resolution - edge / 2
-        for count, edge in zip(grid.shape, (grid.width, grid.length), strict=True)
+    corner = (-grid.length / 2, -grid.width / 2)
+    place = _centres(*grid.shape, grid.resolution, window.device, corner) * _turn(pose[:, 2]) + _offset(pose, origin)
+    where = torch.view_as_real(place) * _pair(2 / (cols * cell), 2 / (rows * cell), window.device) - 1
+    return sample(window, where.to(window.dtype), mode)
+
+
+# Places are complex numbers x + iy: a turn is one product, where sines and cosines are a dozen small steps, which a
+# GPU takes no less time for than for large ones. Constants are counted on the device: a copy from the host would make
+# it wait.
+
+
+def _centres(
+    rows: int, cols: int, cell: float, device: torch.device, corner: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Return the middles [rows, cols] of cells that begin at a corner."""
+    x, y = (
+        torch.linspace(start + cell / 2, start + (count - 0.5) * cell, count, device=device)
+        for start, count in zip(corner, (cols, rows), strict=True)
     )
-    c, s = torch.cos(pose[:, 2])[:, None, None], torch.sin(pose[:, 2])[:, None, None]
-    x = c * along - s * across[:, None] + (pose[:, 0] - origin[:, 0])[:, None, None]
-    y = s * along + c * across[:, None] + (pose[:, 1] - origin[:, 1])[:, None, None]
-    where = torch.stack([2 * x / (cols * cell) - 1, 2 * y / (rows * cell) - 1], dim=-1)
-    return functional.grid_sample(window, where.to(window.dtype), mode=mode, align_corners=False)
+    return torch.complex(x.expand(rows, cols), y[:, None].expand(rows, cols))
+
+
+def _offset(there: Tensor, here: Tensor) -> Tensor:
+    """Return the way [B, 1, 1] between places whose first columns are x and y."""
+    return torch.view_as_complex((there[:, :2] - here[:, :2]).float().contiguous())[:, None, None]
+
+
+def _turn(angle: Tensor) -> Tensor:
+    """Return the factors [B, 1, 1] that turn places by angles [B]."""
+    angle = angle.float()
+    return torch.polar(torch.ones_like(angle), angle)[:, None, None]
+
+
+def _pair(first: float, second: float, device: torch.device) -> Tensor:
+    return torch.linspace(first, second, 2, device=device)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid
 from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
+from nmp.model.sampling import sample
 
 SLOPES = 3
 """slopes tried to either side along each axis"""
@@ -63,11 +64,11 @@ class Leveller(nn.Module):
         steep = (slope[:, None] ** 2 + slope[None, :] ** 2) / USUAL_SLOPE**2 / 2
         far = (shift[:, None] ** 2 + shift[None, :] ** 2) / USUAL_SHIFT_M**2 / 2
         self.bias = nn.Parameter(-(steep[:, :, None, None] + far))
-        self.register_buffer("slope", slope, persistent=False)
-        self.slope: Tensor
         fine, coarse = centres_of(grid)
         half = torch.tensor([grid.length / 2, grid.width / 2])
         every = torch.stack([torch.stack([x, y]) for y, x in itertools.product(slope, slope)])  # [slopes, 2]
+        self.register_buffer("slopes", every, persistent=False)
+        self.slopes: Tensor
         self.register_buffer("where", _seen_at(coarse, every) / half, persistent=False)
         self.register_buffer("centres", fine, persistent=False)
         self.register_buffer("edge", half, persistent=False)
@@ -90,17 +91,13 @@ class Leveller(nn.Module):
         with torch.autocast(bev.device.type, enabled=False):
             # All slopes of a frame are laid below each other: one lookup for all of them.
             where = self.where.flatten(0, 1).expand(b, -1, -1, -1)
-            levelled = functional.grid_sample(seen, where, align_corners=False)
-        levelled = levelled.unflatten(2, (len(self.where), -1)).transpose(1, 2)
-        score = correlate(levelled, stored, SHIFTS) * (self.scale.exp() / math.sqrt(FEATURES))
-        score = score.view(b, *self.bias.shape) + self.bias.float()
-        log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
-        p = log_probability.exp()
-        slopes = p.sum(dim=(3, 4))
-        return Slope(
-            torch.stack([slopes.sum(dim=1) @ self.slope, slopes.sum(dim=2) @ self.slope], dim=1),
-            log_probability,
-        )
+            levelled = sample(seen, where)
+            levelled = levelled.unflatten(2, (len(self.where), -1)).transpose(1, 2)
+            score = correlate(levelled, stored, SHIFTS) * (self.scale.exp() / math.sqrt(FEATURES))
+            score = score.view(b, *self.bias.shape) + self.bias.float()
+            log_probability = score.flatten(1).log_softmax(dim=1).view_as(score)
+            slopes = log_probability.exp().sum(dim=(3, 4)).flatten(1) @ self.slopes
+        return Slope(slopes, log_probability)
 
     def level(self, bev: Tensor, found: Slope) -> Tensor:
         """Return features [B, C, rows, cols] where they would be on level ground.
@@ -110,8 +107,9 @@ class Leveller(nn.Module):
         where = _seen_at(self.centres, found.slope.detach())
         with torch.autocast(bev.device.type, enabled=False):
             # not in bfloat16: its places would be off by a cell
-            moved = functional.grid_sample(bev.float(), where / self.edge, padding_mode="border", align_corners=False)
-        return moved.to(bev.dtype)
+            moved = sample(bev.float(), where / self.edge, padding="border")
+        # Convolutions follow: as they want it, once.
+        return moved.to(bev.dtype, memory_format=torch.channels_last)
 
 
 def _seen_at(place: Tensor, slope: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ def project(points: Tensor, pixel_from_base: Tensor) -> tuple[Tensor, Tensor]:
     :return: (image coordinates [B, ..., 2] in 0..1 where the image is, depth [B, ...] in m); where the depth is
         not beyond the near plane the coordinates mean nothing, but are finite
     """
-    # Half-precision coordinates would be off by a pixel, and autocast would make them so.
-    with torch.autocast(points.device.type, enabled=False):
-        uvw = torch.einsum("bij,...j->b...i", pixel_from_base.to(points.dtype), points)
+    # Not a matrix product: autocast and TF32 would round coordinates to half a pixel.
+    matrix = pixel_from_base.to(points.dtype).view(-1, *[1] * (points.dim() - 1), 3, 4)
+    uvw = (matrix * points[..., None, :]).sum(dim=-1)
     depth = uvw[..., 2]
     return uvw[..., :2] / depth.clamp(min=NEAR_PLANE_M)[..., None], depth

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nmp.model.config import NetworkConfig
+from nmp.model.sampling import sample
 from nmp.model.views.base import NEAR_PLANE_M, View, ground_points, project
 
 COORDINATE_CHANNELS = 4
@@ -46,7 +46,7 @@ class GroundLift(View):
             inside = (depth > NEAR_PLANE_M) & ((uv > 0) & (uv < 1)).all(dim=-1)
             mask = inside[:, None].float() * present[:, camera, None, None, None].float()
             grid = (2 * uv - 1).clamp(-2, 2)
-            total = total + mask * functional.grid_sample(features[:, camera], grid, align_corners=False)
+            total = total + mask * sample(features[:, camera], grid)
             seen = seen + mask
         where = self.where.expand(b, -1, -1, -1)
         return torch.cat([total / seen.clamp(min=1), where, seen.clamp(max=1)], dim=1)
