@@ -106,6 +106,7 @@ def validate(
     trips: int,
     with_prior: bool = True,
     weather: str | None = None,
+    errors: Sequence[tuple[float, float]] = POSE_ERRORS,
 ) -> Scores:
     """Score the worlds of a source without prior, with a map that starts empty, and with the map of earlier trips.
 
@@ -113,6 +114,7 @@ def validate(
     :param trips: times that each is driven, 1 to 4; a world that changes does so after the first
     :param with_prior: False scores single frames only
     :param weather: day, rain or night, of all trips; None: drawn for each
+    :param errors: of every single pose, standard deviations in m and rad
     :return: IoU in percent by system (``no prior``, ``empty``, ... also with errors of the pose, and again for the
         cities that change), by part of the set
         (``all``, weather, difficulty, rings of distance; with a prior also rings of the nearest view so far,
@@ -144,7 +146,7 @@ def validate(
                 for part in torch.arange(len(drive.bev)).split(8):
                     counter.add(f"{prefix}no prior", network.alone(drive.bev[part].float()).logits, drive, part)
             if some and with_prior:
-                for error in POSE_ERRORS:
+                for error in errors:
                     _drive_all(network, by_trip, error, counter, source.device, prefix)
     return counter.percent()
 
