@@ -23,7 +23,7 @@ from nmp.prior.ledger import Ledger, State
 from nmp.prior.storage import Storage
 from nmp_train.evaluate import read_scenes, scene_frames
 
-STEP = 136.0
+STEP = 192.0
 """of what is stored, in steps of int8 of an average channel: see docs/prior.md for what others cost"""
 HELP = """\
 Make the coding with which cities are written that these weights begin, from what they make of a data set, and put it

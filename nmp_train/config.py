@@ -114,6 +114,11 @@ class TrainConfig:
     """loss ours: weight of drawn pixels in the cross entropy"""
     backbone_rate: float = 1.0
     """the backbone learns at this multiple of a stage's learning rate"""
+    backbone_frozen: int = 0
+    """first parts of the backbone that stay as they begin: 1 for the first convolution, 2 with the first stage, and so
+    on (for a backbone that was trained before)"""
+    backbone_norms: Literal["trained", "fixed"] = "trained"
+    """batch norms of the backbone: trained, or kept as they begin, statistics included (for one that was trained)"""
     clip_norm: float = 10.0
     """largest norm of a gradient"""
     ema_decay: float = 0.998

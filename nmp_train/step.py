@@ -88,7 +88,7 @@ class TrainingStep(nn.Module):
         self.network = network
         self.config = config
         self.stage = stage
-        self.frozen = frozen_parts(network, stage)
+        self.frozen = frozen_parts(network, config, stage)
         net = network.config
         reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
         self.window = 2 * math.ceil(reach / net.prior_cell)
@@ -269,15 +269,27 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and config.precision == "bf16")
 
 
-def frozen_parts(network: BEVNetwork, stage: StageConfig) -> tuple[nn.Module, ...]:
-    """Return the parts of a network that a stage keeps as they are."""
+def frozen_parts(network: BEVNetwork, config: TrainConfig, stage: StageConfig) -> tuple[nn.Module, ...]:
+    """Return the parts of a network that a stage keeps as they are.
+
+    Raises :class:`NmpError` where the stage or the configuration asks for parts that are not there.
+    """
     if stage.alignment_only:
         aligner = network.fusion.aligner
         if aligner is None or stage.group == 1:
             raise NmpError("a stage with alignment_only needs network.align=true and groups of more than one frame")
         parts = [*network.children(), *network.fusion.children()]
         return tuple(part for part in parts if part is not aligner and part is not network.fusion)
-    return (network.backbone, network.neck) if stage.freeze_images else ()
+    if stage.freeze_images:
+        return network.backbone, network.neck
+    backbone, count = network.backbone, config.backbone_frozen
+    if not 0 <= count <= backbone.stages + 1:
+        raise NmpError(f"backbone_frozen is {count}: this backbone has 0 to {backbone.stages + 1} parts to freeze")
+    parts = [backbone.conv1, backbone.bn1] if count else []
+    parts += [backbone.get_submodule(f"layer{index}") for index in range(1, count)]
+    if config.backbone_norms == "fixed":
+        parts += [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return tuple(parts)
 
 
 def _chosen(values: Tensor, which: Tensor) -> Tensor:

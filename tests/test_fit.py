@@ -153,6 +153,24 @@ def test_frozen_parts_keep_parameters_and_statistics(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in network.parameters())
 
 
+def test_the_first_parts_of_a_backbone_and_its_norms_can_stay_as_they_are(tmp_path: Path) -> None:
+    network = BEVNetwork(replace(TINY_NETWORK, backbone_stages=2))
+    stage = replace(tiny_config().stages[0], steps=2)
+    config = tiny_config(
+        network=network.config, stages=(stage,), backbone_frozen=2, backbone_norms="fixed", ema_decay=0.0
+    )
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    train(network, ColouredSource(config), config, tmp_path, device=CPU)
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    kept = {name for name in before if name.startswith(("backbone.conv1.", "backbone.bn1.", "backbone.layer1."))}
+    kept |= {name for name in before if name.startswith("backbone.") and name.rsplit(".", 1)[0] in norms}
+    assert "backbone.layer2.0.bn1.running_mean" in kept and not changed & kept
+    assert {"backbone.layer2.0.conv1.weight", "neck.smooth.1.running_mean"} <= changed
+    with pytest.raises(NmpError, match="backbone_frozen is 9"):
+        TrainingStep(network, replace(config, backbone_frozen=9), stage)
+
+
 def test_the_search_for_the_pose_is_trained_alone(tmp_path: Path) -> None:
     network = BEVNetwork(replace(TINY_NETWORK, align=True))
     before = {name: value.clone() for name, value in network.state_dict().items()}

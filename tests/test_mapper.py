@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from nmp.model import BEVNetwork, NetworkConfig, save_network
 from nmp.model.preprocess import network_input
 from nmp.model.weights import DEFAULT_WEIGHTS, load_network, read_description, weights_file
 from nmp.prior import CityPrior, Window
+from nmp.prior.drive import OpenDrive
 from nmp.prior.ledger import Ledger
 from nmp.prior.storage import Storage
 from nmp.prior.upkeep import digests
@@ -242,6 +244,30 @@ def test_a_failing_disk_does_not_stop_the_layers(
             patch.setattr(CityPrior, "write", full)
             assert mapper.update(frames[0]).probabilities.shape == (3, 200, 400)
             assert "No space left" in mapper.prior_error
+        mapper.update(frames[1])
+        assert mapper.prior_error == ""
+
+
+def test_a_disk_that_stays_full_is_told_in_every_frame(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OnlineMapper(weights, tmp_path, flush_interval_s=0.02) as mapper:
+        city = mapper.city(frames[0].location)
+
+        def wait(full: bool) -> None:
+            end = time.monotonic() + 20
+            while bool(city.unsaved) is not full:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenDrive, "save", lambda _, tiles: dict.fromkeys(tiles, "No space left on device"))
+            mapper.update(frames[0])
+            wait(full=True)
+            for frame in (frames[1], frames[1], frames[1]):
+                mapper.update(frame)
+                assert "No space left" in mapper.prior_error
+        wait(full=False)
         mapper.update(frames[1])
         assert mapper.prior_error == ""
 

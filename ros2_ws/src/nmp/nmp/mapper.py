@@ -197,7 +197,7 @@ class OnlineMapper:
         assert answer.latent is not None and answer.evidence is not None
         try:
             city.write(window, answer.latent, answer.evidence, stamp_ns, changed=answer.seen)
-            self.prior_error = ""
+            self.prior_error = city.unsaved  # a write succeeds in memory while the disk is full
         except NmpError as error:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
             self.prior_error = str(error)

@@ -59,6 +59,8 @@ class CityPrior:
         self._guard = threading.RLock()  # cache and list of tiles
         self._saving = threading.Lock()  # taken before the guard: an older copy must not overtake a newer one
         self._error: NmpError | None = None
+        self.unsaved = ""
+        """why the last save failed; empty when everything was saved"""
         self._closed = False
         self._stop = threading.Event()
         self._wanted: Window | None = None
@@ -385,7 +387,6 @@ class CityPrior:
 
     def _save_regularly(self, interval_s: float) -> None:
         """Save changed tiles until told to stop; an error waits for the next call that can report it."""
-        reported = ""
         while not self._stop.wait(interval_s):
             try:
                 error = self._save_dirty()
@@ -393,15 +394,16 @@ class CityPrior:
                 error = NmpError(f"cannot save the prior in {self._name} ({unexpected}): see the log")
                 _log.exception("saving the prior failed")
             self._error = error
-            if error is not None and str(error) != reported:
+            if error is not None and str(error) != self.unsaved:
                 _log.error("%s", error)
-            elif error is None and reported:
+            elif error is None and self.unsaved:
                 _log.info("the prior in %s is saved again", self._name)
-            reported = str(error) if error else ""
+            self.unsaved = str(error) if error else ""
 
     def _save_or_raise(self) -> None:
         error = self._save_dirty()
         self._error = None
+        self.unsaved = str(error) if error else ""
         if error is not None:
             raise error
 
