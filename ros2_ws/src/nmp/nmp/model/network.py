@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nmp.frame import CLASSES
 from nmp.model import fusion
-from nmp.model.blocks import ConvBnRelu, Residual
+from nmp.model.blocks import Residual, conv_bn_relu
 from nmp.model.config import NetworkConfig
 from nmp.model.heads import VectorHeads
 from nmp.model.neck import FeaturePyramid
@@ -24,10 +24,10 @@ class BevEncoder(nn.Module):
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
         wide = channels * 3 // 2
-        self.stem = nn.Sequential(ConvBnRelu(inputs, channels), Residual(channels))
-        self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
+        self.stem = nn.Sequential(conv_bn_relu(inputs, channels), Residual(channels))
+        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
         self.down_quarter = nn.Sequential(
-            ConvBnRelu(wide, 2 * channels, 2), Residual(2 * channels), Residual(2 * channels)
+            conv_bn_relu(wide, 2 * channels, 2), Residual(2 * channels), Residual(2 * channels)
         )
         self.up_half = nn.Conv2d(2 * channels, wide, 1)
         self.mix_half = Residual(wide)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nmp.model.blocks import ConvBnRelu, Residual
+from nmp.model.blocks import Residual, conv_bn_relu
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
@@ -34,8 +34,8 @@ class Surroundings(nn.Module):
         super().__init__()
         wide = channels * 3 // 2
         self.mix_full = Residual(channels)
-        self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
-        self.down_quarter = nn.Sequential(ConvBnRelu(wide, wide, 2), Residual(wide))
+        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
+        self.down_quarter = nn.Sequential(conv_bn_relu(wide, wide, 2), Residual(wide))
         self.up_half = nn.Conv2d(wide, wide, 1)
         self.up_full = nn.Conv2d(wide, channels, 1)
 
