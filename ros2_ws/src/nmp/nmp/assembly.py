@@ -20,7 +20,7 @@ import numpy as np
 
 from nmp import topics
 from nmp.errors import NmpError
-from nmp.frame import ANCHOR_CAMERA, CAMERAS, Camera, CameraShot, Frame
+from nmp.frame import ANCHOR_CAMERA, CAMERAS, UNSTATED_STD, Camera, CameraShot, Frame
 from nmp.geometry import Array, interpolate, inverse, yaw_of
 from nmp.messages import NS, Picture, content, frame_id, seconds, stamp_ns, transform_of
 
@@ -31,9 +31,6 @@ JUMP_M, JUMP_RAD = 1.0, 0.2
 MAX_SPEED, MAX_TURN = 100.0, 5.0
 """What a pose moves by from one to the next is a jump of the localisation where it is more than ``JUMP_M`` (m) at more
 than ``MAX_SPEED`` (m/s), or ``JUMP_RAD`` (rad) at ``MAX_TURN`` (rad/s): no car does that."""
-
-UNSTATED_STD = (0.5, 0.02)
-"""Standard deviations (m, rad) of a pose whose covariance is all zero: whoever leaves it out says nothing."""
 
 
 class _Waiting(Exception):
@@ -252,7 +249,7 @@ class FrameAssembler:
             )
         self._advance(topics.ODOM, stamp)
         x, y, yaw = (math.sqrt(max(float(covariance[i]), 0.0)) for i in (0, 7, 35))
-        position_std, yaw_std = (max(x, y), yaw) if covariance.any() else UNSTATED_STD
+        position_std, yaw_std = (max(x, y), yaw) if covariance.any() else UNSTATED_STD  # all zero: left out
         pose = _Pose(stamp, transform, position_std, yaw_std)
         at = bisect.bisect_left(self._poses, stamp, key=_by_stamp)
         if at < len(self._poses) and self._poses[at].stamp_ns == stamp:

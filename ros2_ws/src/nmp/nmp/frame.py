@@ -25,6 +25,9 @@ CAMERAS: tuple[str, ...] = (
 ANCHOR_CAMERA = "cam_front"
 """The camera whose stamp and ego pose stand for the whole frame."""
 
+UNSTATED_STD = (0.5, 0.02)
+"""How far a pose may be off, m and rad, where nobody says: standard deviations."""
+
 LOCATIONS: tuple[str, ...] = (
     "singapore-onenorth",
     "singapore-hollandvillage",

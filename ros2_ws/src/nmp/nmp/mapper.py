@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from nmp.errors import NmpError
-from nmp.frame import CAMERAS, Frame, LocalMap
+from nmp.frame import CAMERAS, UNSTATED_STD, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
 from nmp.geometry import BevGrid, yaw_of
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion import EVIDENCE_SCALE
-from nmp.model.fusion.align import USUAL
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
@@ -183,7 +182,7 @@ class OnlineMapper:
         weight = self.gates.check(frame)
         if weight < 1:
             evidence = doubted(evidence, weight, EVIDENCE_SCALE)
-        told = USUAL if self.gates.doubts_motion else (frame.position_std, frame.yaw_std)
+        told = UNSTATED_STD if self.gates.doubts_motion else (frame.position_std, frame.yaw_std)
         spread = torch.tensor([told])
         answer = _checked(self._runner.run(*images, pose, spread, latent, evidence))
         clock.done("network")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nmp.frame import UNSTATED_STD
 from nmp.geometry import BevGrid
 from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
 from nmp.model.sampling import sample
@@ -22,8 +23,6 @@ SHIFTS = 6
 TURNS = 5
 """turns tried to either side"""
 TURN_RAD = math.radians(1.25)
-USUAL = (0.5, math.radians(1.0))
-"""how far a pose is off, m and rad, where nobody says: standard deviations"""
 MAP_AS_WELL = 2.0
 """how far pose and map may be apart, in standard deviations of the pose: what is stored came at poses like it"""
 SURE = (0.05, 0.002)
@@ -58,7 +57,7 @@ class Aligner(nn.Module):
         turn = torch.arange(-TURNS, TURNS + 1) * TURN_RAD
         far = torch.stack(torch.broadcast_tensors(shift[:, None] ** 2 + shift**2, turn[:, None, None] ** 2))
         self.register_buffer("far", far, persistent=False)  # [2, turns, shifts, shifts], m2 and rad2
-        self.register_buffer("usual", torch.tensor([USUAL]), persistent=False)
+        self.register_buffer("usual", torch.tensor([UNSTATED_STD]), persistent=False)
         self.register_buffer("sure", torch.tensor([SURE]), persistent=False)
         self.far: Tensor
         self.usual: Tensor
