@@ -68,6 +68,11 @@ def fit(
         log.info("the run in %s is complete", out)
         done: dict[str, Any] = json.loads((out / "training.json").read_text())
         return done
+    if (config.backbone_frozen or config.backbone_norms == "fixed") and not (start or backbone or checkpoint):
+        raise NmpError(
+            "backbone_frozen and backbone_norms: fixed keep the backbone as it begins, and that is at random: give "
+            "weights with --backbone or --start, or set backbone_frozen=0 backbone_norms=trained"
+        )
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     network = BEVNetwork(config.network)

@@ -171,6 +171,12 @@ def test_the_first_parts_of_a_backbone_and_its_norms_can_stay_as_they_are(tmp_pa
         TrainingStep(network, replace(config, backbone_frozen=9), stage)
 
 
+@pytest.mark.parametrize("kept", [{"backbone_frozen": 1}, {"backbone_norms": "fixed"}])
+def test_a_backbone_that_begins_at_random_is_not_kept_as_it_begins(kept: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(NmpError, match="--backbone"):
+        fit(tiny_config(**kept), tmp_path, device_name="cpu")
+
+
 def test_the_search_for_the_pose_is_trained_alone(tmp_path: Path) -> None:
     network = BEVNetwork(replace(TINY_NETWORK, align=True))
     before = {name: value.clone() for name, value in network.state_dict().items()}

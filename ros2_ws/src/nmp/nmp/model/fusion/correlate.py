@@ -31,8 +31,8 @@ def centres_of(grid: BevGrid) -> tuple[Tensor, Tensor]:
 def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:
     """Sum first(x) * second(x + d) over cells and channels for every shift d, in float32.
 
-    Matrix products on a GPU, one convolution with the first maps as kernels on a CPU: each is three times slower on
-    the other, and Fourier transforms are slower on both, for shifts as small.
+    Matrix products on a GPU; on a CPU one convolution with the first maps as kernels, which takes a third of their time
+    there. Fourier transforms take longer for shifts as small.
 
     :param first: [B, N, K, rows, cols], N maps that are compared with the same second one
     :param second: [B, K, rows, cols], zero outside
