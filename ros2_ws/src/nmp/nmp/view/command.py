@@ -115,14 +115,19 @@ def _serve(server: PageServer) -> None:
 
 @contextmanager
 def _until_interrupted() -> Iterator[None]:
-    """Run a block that Ctrl-C ends; SIGTERM, which services send, ends it as neatly."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a block that Ctrl-C ends; SIGTERM, which services send, ends it as neatly.
+
+    SIGINT as well, as a process that a shell started in the background begins with ignoring it.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in ending]
     try:
         yield
     except KeyboardInterrupt:
         print()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(ending, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _tell_others(recordings: Sequence[Recording]) -> None:
