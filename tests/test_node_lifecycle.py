@@ -228,6 +228,8 @@ def test_the_node_has_the_topics_and_services_that_are_documented(world: Ros, tr
 
     assert until(lambda: node.count_subscribers("/odom"))
     me = ("mapping_node", "/")
+    # which node an endpoint belongs to is told by a message of its own, a little later
+    assert until(lambda: shown(node.get_publisher_names_and_types_by_node(*me)) == declared(interface.OUTPUTS))
     assert shown(node.get_subscriber_names_and_types_by_node(*me)) == declared(interface.inputs(transport, pose))
     assert shown(node.get_publisher_names_and_types_by_node(*me)) == declared(interface.OUTPUTS)
     services = {n: t for n, t in shown(node.get_service_names_and_types_by_node(*me)).items() if "nmp_msgs" in t}
