@@ -124,18 +124,18 @@ def test_a_restart_continues_from_the_stored_prior(weights: Path, frames: list[F
 
 
 def test_what_a_frame_adds_is_known_beyond_the_cap_of_the_evidence(frames: list[Frame], tmp_path: Path) -> None:
-    capped = _write_weights(tmp_path / "capped.safetensors", 0, dataclasses.replace(CONFIG, evidence_cap=0.5))
+    capped = _write_weights(tmp_path / "capped.safetensors", 0, dataclasses.replace(CONFIG, evidence_cap=1.0))
     for again in (frames[0], frames[1]):
         with OnlineMapper(capped, tmp_path / "prior") as mapper:
-            for frame in [again] * 6:
+            for frame in [again] * 8:
                 mapper.update(frame)
             window = Window.around(*frames[0].map_from_base[:2, 3], CONFIG.prior_cell, 60, 60)
-            assert mapper.city(frames[0].location).read(window)[1].max() == 128
+            assert mapper.city(frames[0].location).read(window)[1].max() == 256
     ledger = Ledger.open(Storage(tmp_path / "prior" / frames[0].location), read_only=True)
     assert len(ledger.drives()) == 2
     for drive in ledger.drives():
         added = ledger.load(drive, digests(drive))
-        assert max(int(cells.evidence.max()) for cells in added.values()) > 2 * 128
+        assert max(int(cells.evidence.max()) for cells in added.values()) > 2 * 256
 
 
 def test_the_same_recording_counts_once(
