@@ -228,12 +228,19 @@ def test_the_node_has_the_topics_and_services_that_are_documented(world: Ros, tr
 
     assert until(lambda: node.count_subscribers("/odom"))
     me = ("mapping_node", "/")
+
+    def told() -> list[dict[str, str]]:
+        services = shown(node.get_service_names_and_types_by_node(*me))
+        return [
+            shown(node.get_subscriber_names_and_types_by_node(*me)),
+            shown(node.get_publisher_names_and_types_by_node(*me)),
+            {name: kind for name, kind in services.items() if "nmp_msgs" in kind},
+        ]
+
+    written = [declared(rows) for rows in (interface.inputs(transport, pose), interface.OUTPUTS, interface.SERVICES)]
     # which node an endpoint belongs to is told by a message of its own, a little later
-    assert until(lambda: shown(node.get_publisher_names_and_types_by_node(*me)) == declared(interface.OUTPUTS))
-    assert shown(node.get_subscriber_names_and_types_by_node(*me)) == declared(interface.inputs(transport, pose))
-    assert shown(node.get_publisher_names_and_types_by_node(*me)) == declared(interface.OUTPUTS)
-    services = {n: t for n, t in shown(node.get_service_names_and_types_by_node(*me)).items() if "nmp_msgs" in t}
-    assert services == declared(interface.SERVICES)
+    until(lambda: told() == written)
+    assert told() == written
 
 
 def test_other_camera_names_mounting_from_a_file_and_five_cameras(world: Ros, tmp_path: Path) -> None:

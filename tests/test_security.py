@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.ros_fixtures import Ros  # isort: skip  # before rclpy is imported: it sets up DDS, or skips
+from tests.ros_fixtures import Ros, until  # isort: skip  # before rclpy is imported: it sets up DDS, or skips
 from nmp.errors import NmpError
 from nmp.mapper import OnlineMapper
 from nmp.model.weights import DEFAULT_WEIGHTS
@@ -75,6 +75,13 @@ def allowed(node: str) -> dict[str, set[str]]:
     return out
 
 
+def used(node: Any) -> dict[str, set[str]]:
+    """What a node has opened, as the graph tells it: right to absolute names."""
+    kinds = (("publish", "publisher"), ("subscribe", "subscriber"), ("reply", "service"))
+    ask = {right: getattr(node, f"get_{kind}_names_and_types_by_node") for right, kind in kinds}
+    return {right: {topic for topic, _ in names(node.get_name(), "/")} for right, names in ask.items()}
+
+
 def test_the_policy_allows_what_the_nodes_use_and_no_more(world: Ros, tmp_path: Path) -> None:
     made: list[Any] = [
         MappingNode(threading.Event(), make_mapper=lambda s: FakeMapper(), **world.options(use_sim_time=True)),
@@ -86,11 +93,9 @@ def test_the_policy_allows_what_the_nodes_use_and_no_more(world: Ros, tmp_path: 
     for node in made:
         world.add(node)
         name = node.get_name()
-        found = {
-            right: {topic for topic, _ in getattr(node, f"get_{kind}_names_and_types_by_node")(name, "/")}
-            for right, kind in (("publish", "publisher"), ("subscribe", "subscriber"), ("reply", "service"))
-        }
-        assert found == allowed(name)
+        # which node an endpoint belongs to is told by a message of its own, a little later
+        until(lambda node=node, name=name: used(node) == allowed(name))
+        assert used(node) == allowed(name)
         assert not node.get_client_names_and_types_by_node(name, "/")
     made[-1].shutdown()
 
