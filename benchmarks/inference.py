@@ -47,7 +47,13 @@ from nmp.model.runner import (
 
 R50 = {"backbone": "resnet50", "backbone_stages": 4, "input_width": 704, "input_height": 256, "neck_channels": 64}
 CASES: dict[str, dict[str, Any]] = {
-    "cpu_default": {"align": True, "slopes": True},
+    "cpu_default": {
+        "bev_channels": 32,
+        "bev_half_channels": 64,
+        "bev_quarter_channels": 128,
+        "align": True,
+        "slopes": True,
+    },
     "r50": {**R50, "bev_channels": 104},
     "r50_align": {**R50, "bev_channels": 104, "align": True, "slopes": True},
     "r50_bevformer": {**R50, "bev_channels": 104, "view": "bevformer"},
@@ -148,13 +154,14 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
         memory = read_quantized(latent, evidence)
         fused = network.fusion
         with frame.autocast():  # BEVNetwork.step without its decoder
-            alignment = fused.locate(bev, memory, pose, origin, spread)
+            cells = fused.opened(memory)
+            alignment = fused.locate(bev, cells, pose, origin, spread)
             if alignment is not None:
                 pose = fusion.moved(pose, alignment.offset)
-            latent, evidence = fused.read(memory, pose, origin)
+            latent, evidence = fused.read(cells, pose, origin)
             level, _ = fused.level(bev, latent, evidence)
             features = fused.fuse(level, latent, evidence, alignment)
-            memory = fused.write(memory, bev, features, pose, origin, alignment)
+            memory = fused.write(cells, bev, features, pose, origin, alignment)
         return features, *quantize(memory)
 
     def decode(features: Tensor) -> tuple[Tensor, Tensor]:

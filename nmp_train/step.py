@@ -155,14 +155,15 @@ class TrainingStep(nn.Module):
         for now in range(frames.shape[1]):
             frame = frames[:, now]
             with torch.no_grad():
-                latent, evidence = fusion.read(memory, pose[:, now], origin)
+                cells = fusion.opened(memory)
+                latent, evidence = fusion.read(cells, pose[:, now], origin)
             with torch.set_grad_enabled(torch.is_grad_enabled() and now > 0):
                 found = aligner(frame, latent, evidence, draws.spread)
             if now:
                 errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
             with torch.no_grad():
                 used.append(moved(pose[:, now], found.offset))
-                memory = fusion.write(memory, frame, frame, used[-1], origin, found, draws.repeat[:, now])
+                memory = fusion.write(cells, frame, frame, used[-1], origin, found, draws.repeat[:, now])
         loss = torch.stack(errors).mean()
         return {"loss": loss, "alignment": loss}
 

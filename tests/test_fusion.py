@@ -74,14 +74,13 @@ def test_turning_onto_the_map_and_back_keeps_smooth_values(yaw: float) -> None:
 
 def test_the_order_of_updates_does_not_matter() -> None:
     torch.manual_seed(1)
-    observations = [(torch.rand(1, 4, 6, 6), torch.rand(1, 1, 6, 6)) for _ in range(4)]
+    observations = [fusion.Memory(torch.rand(1, 4, 6, 6), torch.rand(1, 1, 6, 6)) for _ in range(4)]
 
-    def run(order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, evidence = torch.zeros(1, 4, 6, 6), torch.zeros(1, 1, 6, 6)
+    def run(order: list[int]) -> fusion.Memory:
+        memory = fusion.Memory.empty(1, 4, 6, 6)
         for i in order:
-            value, weight = observations[i]
-            latent, evidence = fusion.update(latent, evidence, value * weight, weight, cap=16.0)
-        return latent, evidence
+            memory = fusion.means(fusion.sums(memory) + fusion.sums(observations[i]), cap=16.0)
+        return memory
 
     first, second = run([0, 1, 2, 3]), run([3, 1, 0, 2])
     torch.testing.assert_close(first, second)

@@ -133,9 +133,10 @@ def test_every_part_is_used(row: str) -> None:
         poses = torch.tensor([pose, pose])
         bev = seen if frame == 0 else normal(2, CHANNELS, ROWS, COLS, seed=9)
         assert fusion.locate(bev, memory, poses, origin) is None
-        latent, evidence = fusion.read(memory, poses, origin)
+        cells = fusion.opened(memory)
+        latent, evidence = fusion.read(cells, poses, origin)
         features = fusion.fuse(bev, latent, evidence)
-        memory = fusion.write(memory, bev, features, poses, origin)
+        memory = fusion.write(cells, bev, features, poses, origin)
     features.square().sum().backward()
     assert seen.grad is not None and seen.grad.any()  # through the map
     for name, parameter in fusion.named_parameters():
@@ -164,7 +165,7 @@ def test_no_covered_cell_is_left_out(yaw_deg: float) -> None:
     features = torch.tanh(normal(1, CHANNELS, ROWS, COLS))
     memory = stored
     for _ in range(2):
-        memory = fusion.write(memory, features, features, pose, origin)
+        memory = fusion.write(fusion.opened(memory), features, features, pose, origin)
     centres = (np.arange(60) + 0.5) * 0.3 - 9.0
     mx, my = np.meshgrid(centres, centres)
     ex = math.cos(yaw) * (mx - x) + math.sin(yaw) * (my - y)
@@ -191,16 +192,18 @@ def test_reads_the_nearest_cell_and_back() -> None:
     fusion = fusion_of()
     pose, origin = torch.tensor([[0.0, 0.0, math.pi / 2]]), torch.tensor([[-9.0, -9.0]])
     features = torch.tanh(normal(1, CHANNELS, ROWS, COLS))
-    memory = fusion.write(Memory.empty(1, CHANNELS, 60, 60), features, features, pose, origin)
-    latent, evidence = fusion.read(memory, pose, origin)
+    empty = fusion.opened(Memory.empty(1, CHANNELS, 60, 60))
+    memory = fusion.write(empty, features, features, pose, origin)
+    cells = fusion.opened(memory)
+    latent, evidence = fusion.read(cells, pose, origin)
     assert torch.equal(latent, features) and (evidence == 1).all()
-    repeated = fusion.write(memory, features, features, pose, origin, repeat=torch.tensor([1.0]))
-    assert (fusion.read(repeated, pose, origin)[1] == 2).all()
+    repeated = fusion.write(cells, features, features, pose, origin, repeat=torch.tensor([1.0]))
+    assert (fusion.read(fusion.opened(repeated), pose, origin)[1] == 2).all()
     far = torch.tensor([[100.0, 0.0, 0.0]])
-    latent, evidence = fusion.read(memory, far, origin)
+    latent, evidence = fusion.read(cells, far, origin)
     assert not latent.any() and not evidence.any()
     assert all(
-        torch.equal(a, b) for a, b in zip(fusion.write(memory, features, features, far, origin), memory, strict=True)
+        torch.equal(a, b) for a, b in zip(fusion.write(cells, features, features, far, origin), memory, strict=True)
     )
 
 

@@ -35,6 +35,10 @@ class NetworkConfig:
     """lift_splat: depths that every pixel is spread over"""
     neck_channels: int = 48
     bev_channels: int = 64
+    bev_half_channels: int = 0
+    """of the BEV encoder at half the resolution, where they cost a quarter; 0: one and a half times bev_channels"""
+    bev_quarter_channels: int = 0
+    """at a quarter of the resolution; 0: twice bev_channels"""
     bev_length: float = 60.0
     bev_width: float = 30.0
     """region around the ego, m"""

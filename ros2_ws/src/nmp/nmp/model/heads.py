@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nmp.model.blocks import conv_bn_relu
+from nmp.model.blocks import ConvBnRelu
 
 EMBEDDING_CHANNELS = 16
 DIRECTION_CHANNELS = 37
@@ -30,4 +30,4 @@ class VectorHeads(nn.Module):
 
 
 def _branch(channels: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(conv_bn_relu(channels, 4 * _WIDTH), nn.PixelShuffle(2), nn.Conv2d(_WIDTH, outputs, 1))
+    return nn.Sequential(ConvBnRelu(channels, 4 * _WIDTH), nn.PixelShuffle(2), nn.Conv2d(_WIDTH, outputs, 1))

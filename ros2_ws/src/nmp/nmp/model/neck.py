@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nmp.model.blocks import ConvBnRelu
+
 
 class FeaturePyramid(nn.Module):
     """Merges trunk outputs (strides 4, 8, ...) top-down into one map: that of stride 4 * 2 ** ``level``.
@@ -17,9 +19,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.level = level
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels[level:])
-        self.smooth = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-        )
+        self.smooth = ConvBnRelu(channels, channels)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         levels = levels[self.level :]

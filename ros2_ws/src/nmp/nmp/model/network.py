@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nmp.frame import CLASSES
 from nmp.model import fusion
-from nmp.model.blocks import Residual, conv_bn_relu
+from nmp.model.blocks import ConvBnRelu, Residual
 from nmp.model.config import NetworkConfig
 from nmp.model.heads import VectorHeads
 from nmp.model.neck import FeaturePyramid
@@ -21,17 +21,15 @@ from nmp.model.views import make_view
 class BevEncoder(nn.Module):
     """Gives every BEV cell its surroundings: a three-level U-shaped stack of convolutions."""
 
-    def __init__(self, inputs: int, channels: int) -> None:
+    def __init__(self, inputs: int, channels: int, half: int, quarter: int) -> None:
+        """:param half: channels at half the resolution, ``quarter`` at a quarter of it"""
         super().__init__()
-        wide = channels * 3 // 2
-        self.stem = nn.Sequential(conv_bn_relu(inputs, channels), Residual(channels))
-        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
-        self.down_quarter = nn.Sequential(
-            conv_bn_relu(wide, 2 * channels, 2), Residual(2 * channels), Residual(2 * channels)
-        )
-        self.up_half = nn.Conv2d(2 * channels, wide, 1)
-        self.mix_half = Residual(wide)
-        self.up_full = nn.Conv2d(wide, channels, 1)
+        self.stem = nn.Sequential(ConvBnRelu(inputs, channels), Residual(channels))
+        self.down_half = nn.Sequential(ConvBnRelu(channels, half, 2), Residual(half))
+        self.down_quarter = nn.Sequential(ConvBnRelu(half, quarter, 2), Residual(quarter), Residual(quarter))
+        self.up_half = nn.Conv2d(quarter, half, 1)
+        self.mix_half = Residual(half)
+        self.up_full = nn.Conv2d(half, channels, 1)
         self.mix_full = Residual(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +84,13 @@ class BEVNetwork(nn.Module):
         self.backbone = ResNet(config.backbone, config.backbone_stages)
         self.view = make_view(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, self.view.level)
-        self.bev = BevEncoder(self.view.channels, config.bev_channels)
+        channels = config.bev_channels
+        half = config.bev_half_channels or channels * 3 // 2
+        quarter = config.bev_quarter_channels or 2 * channels
+        self.bev = BevEncoder(self.view.channels, channels, half, quarter)
         self.fusion = fusion.make_fusion(config)
-        self.decoder = Decoder(config.bev_channels, len(CLASSES))
-        self.heads = VectorHeads(config.bev_channels) if config.vector_heads else None
+        self.decoder = Decoder(channels, len(CLASSES))
+        self.heads = VectorHeads(channels) if config.vector_heads else None
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -141,16 +142,17 @@ class BEVNetwork(nn.Module):
         :param spread: [B, 2] standard deviations of position (m) and heading (rad), None for unknown
         :return: layers, and the windows as they are afterwards
         """
-        alignment = self.fusion.locate(bev, memory, pose, origin, spread)
+        cells = self.fusion.opened(memory)
+        alignment = self.fusion.locate(bev, cells, pose, origin, spread)
         if alignment is not None:
             # The search learns from its own loss: gradients through the places of cells only add noise.
             pose = fusion.moved(pose, alignment.offset.detach())
-        latent, evidence = self.fusion.read(memory, pose, origin)
+        latent, evidence = self.fusion.read(cells, pose, origin)
         level, slope = self.fusion.level(bev, latent, evidence)
         features = self.fusion.fuse(level, latent, evidence, alignment)
         # What was seen is stored as it was seen: slopes differ from look to look and their mean is none, but what is
         # levelled by the map would repeat the map's own errors.
-        memory = self.fusion.write(memory, bev, features, pose, origin, alignment, repeat)
+        memory = self.fusion.write(cells, bev, features, pose, origin, alignment, repeat)
         return self.decode(features)._replace(alignment=alignment, slope=slope), memory
 
     @property

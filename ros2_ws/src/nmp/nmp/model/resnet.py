@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nmp.errors import NmpError
+from nmp.model.blocks import convolve
 
 
 class BasicBlock(nn.Module):
@@ -24,9 +25,8 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(inplanes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x)).relu_()
-        y = self.bn2(self.conv2(y))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        y = convolve(self.conv1, self.bn1, x)
+        return convolve(self.conv2, self.bn2, y, x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -44,10 +44,9 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(inplanes, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x)).relu_()
-        y = self.bn2(self.conv2(y)).relu_()
-        y = self.bn3(self.conv3(y))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        y = convolve(self.conv1, self.bn1, x)
+        y = convolve(self.conv2, self.bn2, y)
+        return convolve(self.conv3, self.bn3, y, x if self.downsample is None else self.downsample(x))
 
 
 def _downsample(inplanes: int, out: int, stride: int) -> nn.Module | None:
@@ -98,7 +97,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.bn1(self.conv1(images)).relu_())
+        x = self.maxpool(convolve(self.conv1, self.bn1, images))
         out = []
         for index in range(self.stages):
             x = self.get_submodule(f"layer{index + 1}")(x)

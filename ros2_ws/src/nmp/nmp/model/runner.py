@@ -292,7 +292,7 @@ class OneFrame:
         return Outputs(
             logits,
             torch.sigmoid(logits),
-            torch.isfinite(logits).all() & torch.isfinite(memory.latent).all(),
+            torch.isfinite(logits.sum() + memory.latent.sum()),  # a sum is finite where all its terms are
             fusion.map_to_ego(memory.evidence.float(), pose, grid, self._origin, cell),
             *quantize(memory),
             covered > 0,
@@ -422,7 +422,7 @@ def read_quantized(latent: Tensor, evidence: Tensor) -> fusion.Memory:
 
 def quantize(memory: fusion.Memory) -> tuple[Tensor, Tensor]:
     """Return cells as a prior stores them: the inverse of :func:`read_quantized`."""
-    latent = (memory.latent.float() * fusion.LATENT_SCALE).round().clamp(-127, 127).to(torch.int8)
+    latent = (memory.latent.float() * fusion.LATENT_SCALE).round_().clamp_(-127, 127).to(torch.int8)
     counts = (memory.evidence.float() * fusion.EVIDENCE_SCALE).round().clamp(0, 65535).int()
     return latent, torch.where(counts > 32767, counts - 65536, counts).to(torch.int16)
 

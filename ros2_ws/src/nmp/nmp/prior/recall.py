@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nmp.frame import CAMERAS
 from nmp.geometry import BevGrid
-from nmp.model.fusion import EvidenceFusion, map_to_ego
+from nmp.model.fusion import EvidenceFusion, map_to_ego, means
 from nmp.model.network import BEVNetwork
 from nmp.model.preprocess import example_projection
 from nmp.model.runner import prepare, read_quantized
@@ -63,11 +63,9 @@ class Recall:
         grid = BevGrid(length, width, config.feature_resolution)
         pose, origin = torch.tensor([[length / 2, width / 2, 0.0]]), torch.zeros(1, 2)
         if isinstance(network.fusion, EvidenceFusion):
-            cells = torch.cat([memory.latent * memory.evidence, memory.evidence], dim=1)
-            found = map_to_ego(cells, pose, grid, origin, cell)
-            weight = found[:, -1:]
+            latents, weight = means(map_to_ego(network.fusion.opened(memory), pose, grid, origin, cell))
             bev = self.nothing.expand(-1, -1, *weight.shape[-2:])
-            features = network.fusion.fuse(bev, found[:, :-1] / weight.clamp(min=1e-6), weight)
+            features = network.fusion.fuse(bev, latents, weight)
         else:
             state = torch.where(memory.evidence > 0, memory.latent, 0.0)
             features = map_to_ego(state, pose, grid, origin, cell, "nearest")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nmp.errors import NmpError
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Alignment, moved
-from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, MAX_WEIGHT, EvidenceFusion, update
+from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, MAX_WEIGHT, EvidenceFusion, means, sums
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
 from nmp.model.fusion.paper import PaperFusion
@@ -23,8 +23,9 @@ __all__ = [
     "ego_to_map",
     "make_fusion",
     "map_to_ego",
+    "means",
     "moved",
-    "update",
+    "sums",
 ]
 
 

@@ -7,11 +7,13 @@ depend on the order of its terms, so drives can be merged in any order.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nmp.model.blocks import Residual, conv_bn_relu
+from nmp.model.blocks import ConvBnRelu, Residual
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
@@ -34,8 +36,8 @@ class Surroundings(nn.Module):
         super().__init__()
         wide = channels * 3 // 2
         self.mix_full = Residual(channels)
-        self.down_half = nn.Sequential(conv_bn_relu(channels, wide, 2), Residual(wide))
-        self.down_quarter = nn.Sequential(conv_bn_relu(wide, wide, 2), Residual(wide))
+        self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
+        self.down_quarter = nn.Sequential(ConvBnRelu(wide, wide, 2), Residual(wide))
         self.up_half = nn.Conv2d(wide, wide, 1)
         self.up_full = nn.Conv2d(wide, channels, 1)
 
@@ -84,25 +86,31 @@ class EvidenceFusion(nn.Module):
             nn.init.zeros_(self.doubt.weight)
             nn.init.constant_(self.doubt.bias, 4.0)
 
+    def opened(self, memory: Memory) -> Tensor:
+        """Return the sums [B, D + 1, rows, cols] that are looked up and added to, see :func:`sums`."""
+        return sums(memory)
+
     def locate(
-        self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor, spread: Tensor | None = None
+        self, bev: Tensor, cells: Tensor, pose: Tensor, origin: Tensor, spread: Tensor | None = None
     ) -> Alignment | None:
         """Find how far the pose is off, by what is stored; None without ``config.align``.
 
+        :param cells: as :meth:`opened` returned them
         :param spread: [B, 2] how exactly the pose is known, see :meth:`nmp.model.fusion.align.Aligner.forward`
         """
         if self.aligner is None:
             return None
-        found: Alignment = self.aligner(bev, *self.read(memory, pose, origin), spread)
+        found: Alignment = self.aligner(bev, *self.read(cells, pose, origin), spread)
         return found
 
-    def read(self, memory: Memory, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Look the cells up in the ego frame: latent [B, D, rows, cols], evidence [B, 1, rows, cols]."""
+    def read(self, cells: Tensor, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """Look cells up in the ego frame: latent [B, D, rows, cols], evidence [B, 1, rows, cols].
+
+        :param cells: as :meth:`opened` returned them
+        """
         net = self.config
-        cells = torch.cat([memory.latent * memory.evidence, memory.evidence], dim=1)
-        ego = map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell)
-        evidence = ego[:, -1:]
-        return ego[:, :-1] / evidence.clamp(min=1e-6), evidence
+        latent, evidence = means(map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell))
+        return latent, evidence
 
     def level(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, Slope | None]:
         """Return the features as they would be on level ground, and the slope, by what :meth:`read` returned.
@@ -136,7 +144,7 @@ class EvidenceFusion(nn.Module):
 
     def write(
         self,
-        memory: Memory,
+        cells: Tensor,
         bev: Tensor,
         features: Tensor,
         pose: Tensor,
@@ -146,6 +154,7 @@ class EvidenceFusion(nn.Module):
     ) -> Memory:
         """Add one frame to the cells.
 
+        :param cells: as :meth:`opened` returned them
         :param features: as :meth:`fuse` returned them; what is stored is what this frame saw by itself
         :param repeat: [B] how many times the observation counts, None for once
         """
@@ -155,20 +164,20 @@ class EvidenceFusion(nn.Module):
             seen = seen * repeat[:, None, None, None]
         if self.doubt is not None and alignment is not None:
             seen = seen * torch.sigmoid(self.doubt(alignment.spread))[:, :, None, None]
-        rows, cols = memory.evidence.shape[-2:]
-        turned = ego_to_map(seen, pose, net.feature_grid, origin, net.prior_cell, rows, cols)
-        return Memory(*update(memory.latent, memory.evidence, turned[:, :-1], turned[:, -1:], self.cap))
+        rows, cols = cells.shape[-2:]
+        total = cells + ego_to_map(seen, pose, net.feature_grid, origin, net.prior_cell, rows, cols)
+        return means(total, self.cap)
 
 
-def update(latent: Tensor, evidence: Tensor, seen: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Add one observation to the cells.
+def sums(memory: Memory) -> Tensor:
+    """Return evidence x latent, and evidence, of cells: [B, D + 1, rows, cols]. What was seen is added to it."""
+    return torch.cat([memory.latent * memory.evidence, memory.evidence], dim=1)
 
-    :param latent: [B, D, rows, cols] mean latent of each cell
-    :param evidence: [B, 1, rows, cols] its weight so far
-    :param seen: [B, D, rows, cols] weight x latent of the new observation
-    :param weight: [B, 1, rows, cols] weight of the new observation
+
+def means(total: Tensor, cap: float = math.inf) -> Memory:
+    """Undo :func:`sums`; cells without evidence get a latent of zero.
+
     :param cap: most evidence a cell may hold
     """
-    total = evidence + weight
-    mean = (latent * evidence + seen) / total.clamp(min=1e-6)
-    return torch.where(total > 0, mean, latent), total.clamp(max=cap)
+    evidence = total[:, -1:]
+    return Memory(total[:, :-1] / evidence.clamp(min=1e-6), evidence.clamp(max=cap))

@@ -190,19 +190,24 @@ class PaperFusion(nn.Module):
         self.bev_position = Position(*shape, channels) if config.prior_position else None
         self.prior_position = Position(*shape, channels) if config.prior_position else None
 
+    def opened(self, memory: Memory) -> Tensor:
+        """Return the cells [B, C + 1, rows, cols] that are looked up: latent and evidence."""
+        return torch.cat([memory.latent.float(), memory.evidence.float()], dim=1)
+
     def locate(
-        self, bev: Tensor, memory: Memory, pose: Tensor, origin: Tensor, spread: Tensor | None = None
+        self, bev: Tensor, cells: Tensor, pose: Tensor, origin: Tensor, spread: Tensor | None = None
     ) -> Alignment | None:
         """The paper takes the pose as it is: always None."""
         return None
 
-    def read(self, memory: Memory, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather the nearest cells into the ego frame: latent [B, C, rows, cols], evidence [B, 1, rows, cols]."""
+    def read(self, cells: Tensor, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the nearest cells into the ego frame: latent [B, C, rows, cols], evidence [B, 1, rows, cols].
+
+        :param cells: as :meth:`opened` returned them
+        """
         net = self.config
-        return (
-            map_to_ego(memory.latent.float(), pose, net.feature_grid, origin, net.prior_cell, "nearest"),
-            map_to_ego(memory.evidence.float(), pose, net.feature_grid, origin, net.prior_cell, "nearest"),
-        )
+        found = map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell, "nearest")
+        return found[:, :-1], found[:, -1:]
 
     def level(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, None]:
         """Return the features as they are: this fusion does not look for slopes."""
@@ -234,7 +239,7 @@ class PaperFusion(nn.Module):
 
     def write(
         self,
-        memory: Memory,
+        cells: Tensor,
         bev: Tensor,
         features: Tensor,
         pose: Tensor,
@@ -246,11 +251,12 @@ class PaperFusion(nn.Module):
 
         Each cell of the map looks up the ego cell at its centre, so that none is left out at any heading.
 
+        :param cells: as :meth:`opened` returned them
         :param features: [B, C, rows, cols] as :meth:`fuse` returned them
         :param repeat: [B] how many frames this one counts as, None for one
         """
         net = self.config
-        rows, cols = memory.evidence.shape[-2:]
+        rows, cols = cells.shape[-2:]
 
         def turned(values: Tensor) -> Tensor:
             return ego_to_map(values, pose, net.feature_grid, origin, net.prior_cell, rows, cols, "nearest")
@@ -258,8 +264,8 @@ class PaperFusion(nn.Module):
         frames = features.new_ones(len(features), 1, *features.shape[-2:], dtype=torch.float32)
         covered = turned(frames) > 0
         count = 1.0 if repeat is None else repeat[:, None, None, None]
-        evidence = (memory.evidence + count).clamp(max=net.evidence_cap)
+        latent, evidence = cells[:, :-1], cells[:, -1:]
         return Memory(
-            torch.where(covered, turned(features.float()), memory.latent),
-            torch.where(covered, evidence, memory.evidence),
+            torch.where(covered, turned(features.float()), latent),
+            torch.where(covered, (evidence + count).clamp(max=net.evidence_cap), evidence),
         )

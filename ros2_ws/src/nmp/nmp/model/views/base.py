@@ -64,6 +64,8 @@ def project(points: Tensor, pixel_from_base: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Not a matrix product: autocast and TF32 would round coordinates to half a pixel.
     matrix = pixel_from_base.to(points.dtype).view(-1, *[1] * (points.dim() - 1), 3, 4)
-    uvw = (matrix * points[..., None, :]).sum(dim=-1)
+    uvw = matrix[..., 3] * points[..., 3:]
+    for axis in range(3):
+        uvw = torch.addcmul(uvw, matrix[..., axis], points[..., axis : axis + 1])
     depth = uvw[..., 2]
     return uvw[..., :2] / depth.clamp(min=NEAR_PLANE_M)[..., None], depth

@@ -39,14 +39,14 @@ class GroundLift(View):
         # grid_sample takes one type for features and coordinates, and these need the precision.
         features = features.float()
         b, n, c, _, _ = features.shape
+        uv, depth = project(self.points, pixel_from_base.flatten(0, 1))
+        grid = (2 * uv - 1).clamp(-2, 2).unflatten(0, (b, n))
+        inside = (depth > NEAR_PLANE_M) & ((uv > 0) & (uv < 1)).all(dim=-1)
+        masks = inside.unflatten(0, (b, n)).float() * present[..., None, None].float()
         total = features.new_zeros(b, c, self.rows, self.cols)
-        seen = features.new_zeros(b, 1, self.rows, self.cols)
         for camera in range(n):
-            uv, depth = project(self.points, pixel_from_base[:, camera])
-            inside = (depth > NEAR_PLANE_M) & ((uv > 0) & (uv < 1)).all(dim=-1)
-            mask = inside[:, None].float() * present[:, camera, None, None, None].float()
-            grid = (2 * uv - 1).clamp(-2, 2)
-            total = total + mask * sample(features[:, camera], grid)
-            seen = seen + mask
+            seen_here = sample(features[:, camera], grid[:, camera])
+            total = torch.addcmul(total, masks[:, camera, None], seen_here)
+        seen = masks.sum(dim=1, keepdim=True)
         where = self.where.expand(b, -1, -1, -1)
         return torch.cat([total / seen.clamp(min=1), where, seen.clamp(max=1)], dim=1)
