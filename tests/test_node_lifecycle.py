@@ -470,3 +470,11 @@ def test_rates_are_those_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> Non
     images = "rate cam_front/image_raw/compressed (Hz)"
     assert rates == {"rate frames (Hz)": "2.0", "rate odom (Hz)": "20.0", images: "12.0"}
     assert (values["latency network (s)"], values["prior tiles"]) == ("0.1000", "12")
+
+
+def test_a_destroyed_node_leaves_the_graph(world: Ros) -> None:
+    probe = world.probe()
+    node = MappingNode(threading.Event(), make_mapper=lambda settings: FakeMapper(), **world.options())
+    assert until(lambda: "mapping_node" in probe.get_node_names())
+    node.destroy_node()
+    assert until(lambda: "mapping_node" not in probe.get_node_names())

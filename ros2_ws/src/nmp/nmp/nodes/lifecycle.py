@@ -36,6 +36,11 @@ class ManagedNode(LifecycleNode):
         """The state of the lifecycle: unconfigured, inactive, active, finalized, or the one between two of them."""
         return str(self._state_machine.current_state[1])  # rclpy has no public name for it
 
+    def destroy_node(self) -> None:
+        """Destroy the node with its state machine, which rclpy forgets: the node would stay on the graph for ever."""
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()
+
     def transition(
         self,
         action: Callable[[], None],
