@@ -18,10 +18,12 @@ import pytest
 from numpy.typing import NDArray
 
 from nmp.errors import NmpError
-from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior import CityPrior, PriorSpec, Window, ledger
 from nmp.prior.cells import Cells, decode, encode, on_grid
 from nmp.prior.drive import Tile
+from nmp.prior.ledger import Ledger
 from nmp.prior.record import checked, unchecked
+from nmp.prior.storage import Storage
 from nmp.prior.tiles import ORIGIN, TILE, blocks
 
 CITY = "boston-seaport"
@@ -44,7 +46,8 @@ def cells(window: Window, seed: int = 0) -> tuple[NDArray[np.int8], NDArray[np.u
 def tile_file(folder: Path, row: int = 0, col: int = 0) -> Path:
     """The file of a tile in the only drive of a city."""
     [drive] = (folder / CITY / "drives").iterdir()
-    return drive / "c" / "0" / str(row + ORIGIN) / str(col + ORIGIN)
+    shard = Ledger.open(Storage(folder / CITY), read_only=True).shard
+    return drive / "c" / "0" / str((row + ORIGIN) // shard) / str((col + ORIGIN) // shard)
 
 
 def write_once(folder: Path, window: Window, seed: int = 0, **options: object) -> None:
@@ -373,7 +376,7 @@ def test_other_latents_are_refused(tmp_path: Path, spec: PriorSpec, message: str
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 4}, "format 4, .* update nmp"),
+        ({"format": 5}, "format 5, .* update nmp"),
         ({"format": "x"}, "unreadable"),
         ({"location": "singapore-queenstown"}, "holds singapore-queenstown, not boston"),
         ({"spec": {"channels": 4}}, "unreadable"),
@@ -398,11 +401,12 @@ def test_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_tiles_without_a_manifest_are_refused(tmp_path: Path) -> None:
     write_once(tmp_path, Window(0, 0, 5, 5))
+    file = tile_file(tmp_path)
     (tmp_path / CITY / "city.json").unlink()
     for read_only in (False, True):
         with pytest.raises(NmpError, match="city.json is unreadable"):
             opened(tmp_path, read_only=read_only)
-    assert tile_file(tmp_path).is_file()
+    assert file.is_file()
 
 
 def test_a_damaged_array_description_harms_nothing(tmp_path: Path) -> None:
@@ -434,7 +438,17 @@ def flip_a_bit(content: bytes, position: int) -> bytes:
     return bytes(damaged)
 
 
-def test_corrupt_tile_is_unknown_reported_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture(params=[2, 4])
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Cities are made in the format where every tile is a file, and in that where they share files."""
+    number: int = request.param
+    monkeypatch.setattr(ledger, "FORMAT", number)
+    return number
+
+
+def test_corrupt_tile_is_unknown_reported_once_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: int
+) -> None:
     window = Window(0, 0, TILE, 2 * TILE)
     write_once(tmp_path, window)
     evidence = cells(window)[1]
@@ -454,6 +468,9 @@ def test_corrupt_tile_is_unknown_reported_once_and_kept(tmp_path: Path, caplog: 
             assert np.array_equal(prior.read(window)[1], evidence)
         assert "(0, 0)" in caplog.text and str(file) in caplog.text and len(caplog.records) == 1
         prior.write(window, *cells(window, 5), 2 * SECOND)
+    if version == 4:  # the other tile is in the same file
+        assert file.read_bytes() == damaged
+        return
     assert file.with_name(f"{ORIGIN}.corrupt").read_bytes() == damaged
     file.write_bytes(damaged)  # a second time: the first file stays
     with opened(tmp_path) as prior:
@@ -461,7 +478,7 @@ def test_corrupt_tile_is_unknown_reported_once_and_kept(tmp_path: Path, caplog: 
     assert len(list(file.parent.glob("*.corrupt"))) == 2
 
 
-def test_corrupt_tile_is_kept_when_a_write_comes_first(tmp_path: Path) -> None:
+def test_corrupt_tile_is_kept_when_a_write_comes_first(tmp_path: Path, version: int) -> None:
     window = Window(0, 0, 5, 5)
     write_once(tmp_path, window)
     file = tile_file(tmp_path)
@@ -469,7 +486,7 @@ def test_corrupt_tile_is_kept_when_a_write_comes_first(tmp_path: Path) -> None:
     with opened(tmp_path) as prior:
         prior.write(Window(20, 20, 5, 5), *cells(window, 2), 2 * SECOND)
         assert not prior.read(window)[1].any()
-    assert file.with_name(f"{ORIGIN}.corrupt").read_bytes() == b""
+    assert (file if version == 4 else file.with_name(f"{ORIGIN}.corrupt")).read_bytes() == b""
 
 
 def test_corrupt_tile_of_the_drive_under_way_falls_back_to_what_was_before(
@@ -492,7 +509,7 @@ def test_corrupt_tile_of_the_drive_under_way_falls_back_to_what_was_before(
         assert "drive under way" in caplog.text
 
 
-def test_every_bit_flip_and_cut_is_detected(tmp_path: Path) -> None:
+def test_every_bit_flip_and_cut_is_detected(tmp_path: Path, version: int) -> None:
     window = Window(0, 0, TILE, TILE)
     write_once(tmp_path, window)
     file = tile_file(tmp_path)
@@ -505,7 +522,7 @@ def test_every_bit_flip_and_cut_is_detected(tmp_path: Path) -> None:
             assert not prior.read(window)[1].any(), number
 
 
-def test_vanished_tile_is_unknown_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_vanished_tile_is_unknown_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture, version: int) -> None:
     window = Window(0, 0, 5, 5)
     write_once(tmp_path, window)
     with opened(tmp_path) as prior, caplog.at_level(logging.WARNING):
@@ -514,7 +531,7 @@ def test_vanished_tile_is_unknown_and_reported(tmp_path: Path, caplog: pytest.Lo
         assert len(caplog.records) == 1 and "vanished" in caplog.text
 
 
-def test_a_file_that_cannot_be_read_is_not_called_corrupt(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_not_called_corrupt(tmp_path: Path, version: int) -> None:
     window = Window(0, 0, 5, 5)
     write_once(tmp_path, window)
     with opened(tmp_path) as prior:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from nmp import cli
 from nmp.errors import NmpError
 from nmp.prior import CityPrior, PriorSpec, Window, upkeep
+from nmp.prior import ledger as books
 from nmp.prior.cells import Cells, fold
 from nmp.prior.coding import Coding, pack
 from nmp.prior.ledger import Ledger
@@ -460,34 +462,71 @@ def test_a_damaged_head_is_read_from_its_copy(tmp_path: Path, name: str) -> None
         content(tmp_path)
 
 
-def test_a_tile_is_mended_from_what_a_base_was_made_of_or_another_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("position", [777, -9], ids=["tile", "index"])
+@pytest.mark.parametrize("version", [2, 4])
+def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
+    tmp_path: Path, version: int, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books, "FORMAT", version)
     for seed in range(4):
         drive(tmp_path / "city", seed, day=seed)
     book = ledger(tmp_path / "city")
     upkeep.compact(book, older_than_days=2)
     merge(tmp_path / "copy", tmp_path / "city")
     upkeep.compact(book, older_than_days=1, keep=True)
-    before = content(tmp_path / "city")
     base = book.base()
     assert base is not None and len(base.drives) == 3
-    flip_a_bit(next((tmp_path / "city" / CITY / "bases" / base.id).rglob("c/0/*/*")))
-    found = upkeep.verify(ledger(tmp_path / "city"), repair=True)
-    assert len(found) == 1 and found[0].repaired and same(content(tmp_path / "city"), before)
+
+    def mended(city: str, folder: str, other: str = "") -> bool:
+        """Damage a file, repair it, and tell whether all is as before then; otherwise leave it damaged."""
+        before = content(tmp_path / city)
+        file = next((tmp_path / city / CITY / folder).rglob("c/0/*/*"))
+        raw = flip_a_bit(file, position)
+        kept = file.read_bytes()
+        found = upkeep.verify(ledger(tmp_path / city), repair=True, other=ledger(tmp_path / other) if other else None)
+        assert len(found) == 1 or position < 0 and version == 4 and len(found) > 1
+        if not all(finding.repaired for finding in found):
+            assert not any(finding.repaired for finding in found) and not same(content(tmp_path / city), before)
+            for aside in file.parent.glob(f"{file.name}.corrupt"):
+                aside.unlink()
+            file.write_bytes(raw)
+            return False
+        assert file.read_bytes() == raw and same(content(tmp_path / city), before)
+        assert [p.read_bytes() for p in file.parent.glob("*.corrupt")] == [kept]
+        return upkeep.verify(ledger(tmp_path / city)) == []
+
+    assert mended("city", f"bases/{base.id}")
     upkeep.compact(book)  # nothing is kept from here on
-    before = content(tmp_path / "city")
-    tile = next((tmp_path / "city" / CITY / "bases").rglob("c/0/*/*"))
-    flip_a_bit(tile)
-    [lost] = upkeep.verify(ledger(tmp_path / "city"), repair=True)
-    assert not lost.repaired
-    [mended] = upkeep.verify(ledger(tmp_path / "city"), repair=True, other=ledger(tmp_path / "copy"))
-    assert mended.repaired and same(content(tmp_path / "city"), before)
-    # the tile of a drive
+    assert not mended("city", "bases")
+    assert mended("city", "bases", other="copy")
+    # of a drive
     merge(tmp_path / "third", tmp_path / "copy")
-    before = content(tmp_path / "copy")
-    flip_a_bit(next((tmp_path / "copy" / CITY / "drives").rglob("c/0/*/*")))
-    assert not upkeep.verify(ledger(tmp_path / "copy"), repair=True)[0].repaired
-    [mended] = upkeep.verify(ledger(tmp_path / "copy"), repair=True, other=ledger(tmp_path / "third"))
-    assert mended.repaired and same(content(tmp_path / "copy"), before)
+    assert not mended("copy", "drives")
+    assert mended("copy", "drives", other="third")
+
+
+@pytest.mark.parametrize("older", ["from", "into"])
+def test_cities_of_an_older_format_go_on_and_merge_with_new_ones(
+    tmp_path: Path, older: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(place: Path, version: int, seeds: Sequence[int]) -> None:
+        monkeypatch.setattr(books, "FORMAT", version)
+        CityPrior.open(place, CITY, CODED).close()
+        for seed in seeds:
+            drive(place, seed, CODED, day=seed)
+            upkeep.compact(ledger(place)) if seed == 1 else None
+        monkeypatch.undo()
+
+    fill(tmp_path / "all", 4, [1, 2, 3])
+    fill(tmp_path / "from", 3 if older == "from" else 4, [1, 2])
+    fill(tmp_path / "into", 3 if older == "into" else 4, [])
+    merge(tmp_path / "into", tmp_path / "from")
+    drive(tmp_path / "into", 3, CODED, day=3)
+    assert same(content(tmp_path / "into", CODED), content(tmp_path / "all", CODED))
+    assert [r.id for r in ledger(tmp_path / "into").active()] == [r.id for r in ledger(tmp_path / "all").active()]
+    assert upkeep.verify(ledger(tmp_path / "into")) == []
+    count = {name: len(list((tmp_path / name).rglob("c/0/*/*"))) for name in ("from", "into", "all")}
+    assert count["all"] < count[older] and sum(count.values()) > 3
 
 
 # -- the format before --------------------------------------------------------------------------------------

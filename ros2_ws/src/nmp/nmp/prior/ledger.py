@@ -19,14 +19,16 @@ from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
 from nmp.prior.cells import Cells
 from nmp.prior.coding import Coding
-from nmp.prior.record import FORMAT, FORMAT_CODED, Record, check_spec, checked, unchecked
+from nmp.prior.record import Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import Planes, TileSet
+from nmp.prior.tileset import SHARD, Planes, TileSet
 from nmp.prior.window import PriorSpec
 
 _log = logging.getLogger(__name__)
 
+FORMAT = 4
+"""of a city. 2: every tile is a file; 3: the same with a coding; 4: tiles share files, with a coding or without"""
 CITY = "city.json"
 CODING = "coding.json"
 CODING_SPARE = "coding.copy.json"
@@ -61,8 +63,9 @@ class Compacted(Exception):
 class Ledger:
     """One city's records, and their tiles."""
 
-    def __init__(self, storage: Storage, location: str, spec: PriorSpec, *, read_only: bool) -> None:
+    def __init__(self, storage: Storage, location: str, spec: PriorSpec, version: int, *, read_only: bool) -> None:
         self.storage = storage
+        self.shard = SHARD if version >= 4 else 1
         self.location = location
         self.spec = spec
         self.read_only = read_only
@@ -75,8 +78,7 @@ class Ledger:
     @classmethod
     def open(cls, storage: Storage, *, read_only: bool = False) -> Ledger:
         """Open the ledger of a city that exists. Raises :class:`NmpError` where there is none, or a newer one."""
-        location, spec = _read_city(storage)
-        return cls(storage, location, spec, read_only=read_only)
+        return cls(storage, *_read_city(storage), read_only=read_only)
 
     @classmethod
     def open_for(cls, storage: Storage, location: str, spec: PriorSpec, *, read_only: bool) -> Ledger | None:
@@ -85,9 +87,9 @@ class Ledger:
             if read_only:
                 return None
             create(storage, location, spec)
-        found_location, found = _read_city(storage)
+        found_location, found, version = _read_city(storage)
         check_spec(storage.name, location, found_location, spec, found)
-        return cls(storage, location, found, read_only=read_only)
+        return cls(storage, location, found, version, read_only=read_only)
 
     # -- records ----------------------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Ledger:
         if folder not in self._sets:
             planes = cell_bytes.plane_count(self.spec)
             level = _LEVEL_BASE if record.drives else _LEVEL_DRIVE
-            self._sets[folder] = TileSet(self.storage.below(folder), planes, level)
+            self._sets[folder] = TileSet(self.storage.below(folder), planes, level, self.shard)
         return self._sets[folder]
 
     def load(self, record: Record, expected: dict[Key, int]) -> dict[Key, Cells]:
@@ -235,7 +237,9 @@ class Ledger:
             if reason == "vanished" and self._base is not None and self.head().base != self._base:
                 raise Compacted
             blob = tiles.blob(key)
-            aside = "" if self.read_only or reason == "vanished" else tiles.storage.put_aside(blob)
+            # what shares a file with others stays where it is until that is mended
+            leave = self.read_only or reason == "vanished" or tiles.shard > 1
+            aside = "" if leave else tiles.storage.put_aside(blob)
             self.tell(
                 f"tile {key} of {record.id[:12]}",
                 ("has vanished" if reason == "vanished" else f"is corrupt ({reason})")
@@ -267,10 +271,9 @@ class Ledger:
 
         Raises :class:`NmpError` when something cannot be written; the city is then as it was.
         """
-        order = sorted(keys)
         rows = [
             (*key, int((cells.last_seen_s > 0).sum()), cell_bytes.digest(planes))
-            for key, cells in _in_batches(order, make)
+            for key, cells in _in_batches(sorted(keys), make)
             # a coding leaves out what was hardly seen, which may be all of it
             if (planes := cell_bytes.encode(cells, self.spec)).any()
         ]
@@ -278,13 +281,9 @@ class Ledger:
         if record.id in known:
             return record
         tiles = self.tiles_of(record)
-        batch: dict[Key, Planes] = {}
-        for key, cells in _in_batches([(row, col) for row, col, *_ in rows], make):
-            batch[key] = cell_bytes.encode(cells, self.spec)
-            if len(batch) == _BATCH:
-                _save(tiles, batch)
-                batch = {}
-        _save(tiles, batch)
+        for batch in tiles.files((row, col) for row, col, *_ in rows):
+            made = _in_batches(batch, make)
+            save(tiles, {key: cell_bytes.encode(cells, self.spec) for key, cells in made})
         tiles.describe()
         tiles.storage.put(COPY, record.to_bytes())
         if record.drives:
@@ -316,7 +315,8 @@ def _in_batches(keys: list[Key], make: MakeTiles) -> Iterator[tuple[Key, Cells]]
         yield from sorted(make(keys[start : start + _BATCH]).items(), key=lambda item: item[0])
 
 
-def _save(tiles: TileSet, batch: dict[Key, Planes]) -> None:
+def save(tiles: TileSet, batch: dict[Key, Planes]) -> None:
+    """Write tiles. Raises :class:`NmpError` when one cannot be written."""
     failures = tiles.save(batch)
     if failures:
         reason = next(iter(failures.values()))
@@ -390,12 +390,12 @@ def exists(storage: Storage) -> bool:
 
 def create(storage: Storage, location: str, spec: PriorSpec) -> None:
     """Write what a new city is."""
-    content = {"format": FORMAT, "location": location, "spec": spec.to_dict()}
+    content: dict[str, Any] = {"format": FORMAT, "location": location, "spec": spec.to_dict()}
     if spec.coding is not None:
         coding = checked(spec.coding.to_dict())
         for name in (CODING_SPARE, CODING):
             storage.put(name, coding)
-        content |= {"format": FORMAT_CODED, "coding": spec.coding.name}
+        content["coding"] = spec.coding.name
     storage.put(CITY, checked(content))
 
 
@@ -414,7 +414,8 @@ def coding_of(storage: Storage, name: str = "") -> Coding | None:
     return None
 
 
-def _read_city(storage: Storage) -> tuple[str, PriorSpec]:
+def _read_city(storage: Storage) -> tuple[str, PriorSpec, int]:
+    """Return location, spec and format of a city."""
     raw = storage.get(CITY)
     where = f"{storage.name}/{CITY}"
     if raw is None and storage.get("prior.json") is not None:
@@ -427,21 +428,19 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec]:
     mend = "run nmp prior verify --repair on it, or restore it from a backup"
     try:
         version = json.loads(raw or b"")["format"]
-        if isinstance(version, int) and version > FORMAT_CODED:
-            raise NmpError(
-                f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT_CODED}: update nmp"
-            )
+        if isinstance(version, int) and version > FORMAT:
+            raise NmpError(f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT}: update nmp")
         values = unchecked(raw or b"")
-        if version not in (FORMAT, FORMAT_CODED):
+        if version not in (2, 3, 4):
             raise ValueError(f"format {version!r} never existed")
         coding = None
-        if version == FORMAT_CODED:
+        if "coding" in values:
             coding = coding_of(storage, str(values["coding"]))
             if coding is None:
                 raise NmpError(
                     f"{storage.name} has lost {CODING} and its copy: bring one back from another copy of the city"
                 )
-        return str(values["location"]), PriorSpec(**values["spec"], coding=coding)
+        return str(values["location"]), PriorSpec(**values["spec"], coding=coding), version
     except (ValueError, KeyError, TypeError) as error:
         raise NmpError(f"{where} is unreadable ({error}): {mend}") from error
 

@@ -16,9 +16,7 @@ from nmp.errors import NmpError
 from nmp.prior.window import PriorSpec
 
 FORMAT = 2
-"""the version of the stored layout that this code reads and writes"""
-FORMAT_CODED = 3
-"""that of cities with a coding; all else is as in version 2"""
+"""of a record"""
 _TABLE = np.dtype([("row", "<i4"), ("col", "<i4"), ("cells", "<u2"), ("digest", "<u8")])
 
 

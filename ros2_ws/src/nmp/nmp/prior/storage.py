@@ -154,8 +154,8 @@ class Storage:
             for gone in self.local.glob(".*"):
                 shutil.rmtree(gone, ignore_errors=True)
 
-    def put_aside(self, key: str) -> str:
-        """Keep a damaged blob under a name that nobody reads; return that name, empty where it cannot be moved."""
+    def keep_aside(self, key: str) -> str:
+        """Copy a damaged blob to a name that nobody reads; return that name, empty where there is nothing."""
         content = self.get(key)
         if content is None:
             return ""
@@ -163,7 +163,13 @@ class Storage:
         while self.get(aside) is not None:
             aside, number = f"{key}.{number}{ASIDE}", number + 1
         self.put(aside, content)
-        self.delete(key)
+        return aside
+
+    def put_aside(self, key: str) -> str:
+        """Move a damaged blob to a name that nobody reads; return that name, empty where there is nothing."""
+        aside = self.keep_aside(key)
+        if aside:
+            self.delete(key)
         return aside
 
     def size(self) -> int:

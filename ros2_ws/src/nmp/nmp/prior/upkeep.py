@@ -32,12 +32,13 @@ from nmp.prior.ledger import (
     coding_of,
     create,
     exists,
+    save,
     with_left_out,
 )
 from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import TileSet
+from nmp.prior.tileset import Planes, TileSet
 from nmp.prior.window import PriorSpec
 
 Step = Callable[[int], object]
@@ -202,11 +203,10 @@ def _merge_base(target: Ledger, source: Ledger, step: Step) -> bool:
 
 
 def _copy(source: Ledger, target: Ledger, record: Record, step: Step) -> None:
-    """Copy the tiles of a record byte by byte. Raises :class:`NmpError` when one is damaged."""
-    tiles = source.tiles_of(record)
-    into = target.tiles_of(record).storage
+    """Copy the tiles of a record. Raises :class:`NmpError` when one is damaged."""
+    tiles, into = source.tiles_of(record), target.tiles_of(record)
     expected = digests(record)
-    for keys in _batches(sorted(expected)):
+    for keys in into.files(expected):
         found = source.load(record, {key: expected[key] for key in keys})
         missing = [key for key in keys if key not in found]
         if missing:
@@ -214,11 +214,14 @@ def _copy(source: Ledger, target: Ledger, record: Record, step: Step) -> None:
                 f"tile {missing[0]} of {record.id[:12]} in {source.storage.name} is damaged: run nmp prior verify "
                 "--repair there, or leave this drive out"
             )
-        for key in keys:
-            into.put(TileSet.blob(key), tiles.storage.get(TileSet.blob(key)) or b"")
+        if tiles.shard == into.shard:
+            for blob in sorted({tiles.blob(key) for key in keys}):
+                into.storage.put(blob, tiles.storage.get(blob) or b"")
+        else:
+            save(into, {key: encode(cells, target.spec) for key, cells in found.items()})
         step(len(keys))
-    target.tiles_of(record).describe()
-    into.put(COPY, record.to_bytes())
+    into.describe()
+    into.storage.put(COPY, record.to_bytes())
 
 
 def digests(record: Record) -> dict[Key, int]:
@@ -361,14 +364,15 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
     for record in ([base] if base else []) + ledger.drives():
         findings += _verify_spares(ledger, record, repair)
         expected = digests(record)
-        for keys in _batches(sorted(expected)):
-            wanted = {key: expected[key] for key in keys}
-            found = ledger.load(record, wanted)
-            for key in keys:
-                if key not in found:
-                    mended = repair and _mend_tile(ledger, other, record, key, expected[key])
-                    kind = "base" if record.drives else "drive"
-                    findings.append(Finding(f"tile {key} of {kind} {record.id[:12]}", mended))
+        tiles, kind = ledger.tiles_of(record), "base" if record.drives else "drive"
+        for keys in tiles.files(expected):
+            found = ledger.load(record, {key: expected[key] for key in keys})
+            missing = {key: expected[key] for key in keys if key not in found}
+            mended = _mended(ledger, other, record, missing) if repair else {}
+            for file in {tiles.blob(key) for key in mended}:
+                whole = {key: encode(cells, ledger.spec) for key, cells in found.items() if tiles.blob(key) == file}
+                tiles.replace(whole | {key: planes for key, planes in mended.items() if tiles.blob(key) == file})
+            findings += [Finding(f"tile {key} of {kind} {record.id[:12]}", key in mended) for key in missing]
             step(len(keys))
     return findings
 
@@ -430,19 +434,19 @@ def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding
     return findings
 
 
-def _mend_tile(ledger: Ledger, other: Ledger | None, record: Record, key: Key, digest: int) -> bool:
-    """Write a tile again: a base's from what it was folded from, any from another copy of the city."""
-    for source in (ledger, other):
-        if source is None:
-            continue
-        found = _rebuilt(source, record, key) if record.drives else None
-        if found is None and source is other and source.storage.get(f"{source.folder_of(record)}/{COPY}") is not None:
-            found = source.load(record, {key: digest}).get(key)
-        if found is not None:
-            planes = encode(found, ledger.spec)
-            if digest_of(planes) == digest and not ledger.tiles_of(record).save({key: planes}):
-                return True
-    return False
+def _mended(ledger: Ledger, other: Ledger | None, record: Record, missing: dict[Key, int]) -> dict[Key, Planes]:
+    """Return tiles as they were: a base's from what it was folded from, any from another copy of the city."""
+    mended = {}
+    for key, digest in missing.items():
+        for source in (ledger, other):
+            if source is None or key in mended:
+                continue
+            found = _rebuilt(source, record, key) if record.drives else None
+            if found is None and source is other and source.storage.get(f"{source.folder_of(record)}/{COPY}"):
+                found = source.load(record, {key: digest}).get(key)
+            if found is not None and digest_of(planes := encode(found, ledger.spec)) == digest:
+                mended[key] = planes
+    return mended
 
 
 def _rebuilt(ledger: Ledger, base: Record, key: Key) -> Cells | None:
