@@ -1,9 +1,9 @@
 """Kill a process that writes, flushes, commits, merges and compacts a city, again and again; then flip bits.
 
-    python benchmarks/prior_crash.py [--kills 500] [--flips 200] [--out prior_crash.json]
+    python benchmarks/prior_crash.py [--cells plain coded] [--kills 500] [--flips 200] [--out prior_crash.json]
 
 After every kill the city is opened, every checksum is verified, and every drive has to hold all that was flushed. A
-worker adds 1 of evidence per frame to an area of its own drive, so that what a drive must hold can be read off it.
+worker adds as much evidence per frame to an area of its own drive, so that what a drive must hold can be read off it.
 Every flipped bit (in any file of the city) has to be found by verify. Writes JSON; exits with 1 when anything was lost,
 torn or not noticed.
 """
@@ -21,35 +21,56 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from nmp.errors import NmpError
 from nmp.prior import CityPrior, PriorSpec, Window, upkeep
+from nmp.prior.coding import Coding, pack
 from nmp.prior.ledger import Ledger
 from nmp.prior.storage import Storage
 
 CITY = "city"
-SPEC = PriorSpec(4, 0.3, "benchmark")
-SIDE = 100
-"""cells of the area of one drive, rows and columns; areas lie 128 apart, so that no two share a tile"""
+_EYE = np.eye(4)
+_CODING = Coding((0, 0, 0, 0), pack(_EYE * 2.0**20 / 8), pack(_EYE * 2.0**8 * 8))
+
+
+class Kind(NamedTuple):
+    """A way to write cells."""
+
+    spec: PriorSpec
+    frame: int
+    """evidence that a frame adds"""
+    rounding: int
+    """by how much a latent may differ from what was written"""
+
+
+KINDS = {
+    "plain": Kind(PriorSpec(4, 0.3, "benchmark"), 1, 0),
+    # enough for a cell to be written as known, and to tell how many frames there were from what was rounded
+    "coded": Kind(PriorSpec(4, 0.3, "benchmark", evidence_cap=65535, coding=_CODING), 1024, 2),
+}
+SIDE = 104
+"""cells along each edge of the area of one drive: whole blocks of a coding; areas lie 128 apart and share no tile"""
 
 
 def area(drive: int) -> Window:
     return Window(0, 128 * drive, SIDE, SIDE)
 
 
-def work(folder: Path, first: int, progress: Path) -> None:
+def work(folder: Path, first: int, progress: Path, kind: Kind) -> None:
     """Drive, commit, merge and compact until killed; append what is safe to ``progress``."""
     rng = random.Random(first)
     with progress.open("a", buffering=1) as told:
         for drive in range(first, first + 1000):
-            prior = CityPrior.open(folder, CITY, SPEC, flush_interval_s=0.01, vehicle=str(drive))
+            prior = CityPrior.open(folder, CITY, kind.spec, flush_interval_s=0.01, vehicle=str(drive))
             window = area(drive)
             for frame in range(rng.randint(1, 12)):
                 latent, evidence = prior.read(window)
-                prior.write(window, np.full_like(latent, drive % 100), evidence + np.uint16(1), (drive + 1) * 10**9)
+                evidence = evidence + np.uint16(kind.frame)
+                prior.write(window, np.full_like(latent, drive % 100), evidence, (drive + 1) * 10**9)
                 if rng.random() < 0.5:
                     prior.flush()
                     told.write(f"{drive} {frame + 1}\n")
@@ -62,26 +83,35 @@ def work(folder: Path, first: int, progress: Path) -> None:
                 upkeep.compact(city, keep=rng.random() < 0.5)
 
 
-def lost_of(folder: Path, safe: dict[int, int]) -> list[str]:
+def lost_of(folder: Path, safe: dict[int, int], kind: Kind) -> list[str]:
     """Open the city after a crash, and return what is not as it was told."""
     problems = []
-    with CityPrior.open(folder, CITY, SPEC) as prior:
+    with CityPrior.open(folder, CITY, kind.spec) as prior:
         for drive, frames in safe.items():
             latent, evidence = prior.read(area(drive))
-            if evidence.min() < frames or evidence.min() != evidence.max() and evidence.max() - evidence.min() > 12:
-                problems.append(f"drive {drive}: {evidence.min()} of {frames} frames")
-            if (latent != drive % 100).any():
-                problems.append(f"drive {drive}: torn")
+            least, most = (round(value / kind.frame) for value in (int(evidence.min()), int(evidence.max())))
+            if least < frames or most - least > 12:
+                problems.append(f"drive {drive}: {least} of {frames} frames")
+            if (np.abs(latent - drive % 100.0) > kind.rounding).any():
+                off = np.abs(latent - drive % 100.0)
+                problems.append(
+                    f"drive {drive}: torn, {(off > kind.rounding).mean():.3f} of its cells, by up to {off.max():g}"
+                )
     return problems
 
 
-def kills(folder: Path, count: int) -> dict[str, object]:
+def begin_anew(folder: Path, kind: Kind) -> None:
+    """Make two empty copies of one city."""
+    for name in (CITY, "other"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        CityPrior.open(folder, name, kind.spec).close()
+    shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
+
+
+def kills(folder: Path, count: int, kind: Kind) -> dict[str, object]:
     """Kill a worker ``count`` times at random moments."""
     rng = random.Random(0)
-    for name in (CITY, "other"):
-        CityPrior.open(folder, name, SPEC).close()
-    # both are copies of one city
-    shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
+    begin_anew(folder, kind)
     progress = folder / "progress"
     progress.touch()
     # a server that forks before TensorStore has threads: a new interpreter for every kill would take most of the time
@@ -92,7 +122,7 @@ def kills(folder: Path, count: int) -> dict[str, object]:
     first = 0
     for _ in tqdm(range(count), unit="kill", disable=None):
         begin = progress.stat().st_size
-        worker = context.Process(target=work, args=(folder, first, progress))
+        worker = context.Process(target=work, args=(folder, first, progress, kind))
         worker.start()
         time.sleep(rng.uniform(0.02, 0.6))
         os.kill(worker.pid or 0, signal.SIGKILL)
@@ -106,7 +136,7 @@ def kills(folder: Path, count: int) -> dict[str, object]:
             drive, frames = map(int, line.split())
             safe[drive] = max(frames, safe.get(drive, 0))
         try:
-            problems += lost_of(folder, safe)
+            problems += lost_of(folder, safe, kind)
             for name in (CITY, "other"):
                 found = upkeep.verify(Ledger.open(Storage(folder / name)))
                 problems += [f"{name}: {finding.what}" for finding in found]
@@ -115,25 +145,22 @@ def kills(folder: Path, count: int) -> dict[str, object]:
             problems.append(str(error))
         first = max([first, *safe]) + 2
         if first > 300:  # begin anew: what is verified after each kill stays small
-            for name in (CITY, "other"):
-                shutil.rmtree(folder / name)
-                CityPrior.open(folder, name, SPEC).close()
-            shutil.copy(folder / CITY / "city.json", folder / "other" / "city.json")
+            begin_anew(folder, kind)
             first = 0
     return {"kills": count, "opened": opened, "drives_recovered": recovered, "problems": problems}
 
 
-def flips(folder: Path, count: int) -> dict[str, object]:
+def flips(folder: Path, count: int, kind: Kind) -> dict[str, object]:
     """Flip ``count`` bits of a city, one at a time, in any of its files."""
     rng = random.Random(0)
     city = folder / CITY
     shutil.rmtree(city, ignore_errors=True)
     for drive in range(6):
-        with CityPrior.open(folder, CITY, SPEC) as prior:
+        with CityPrior.open(folder, CITY, kind.spec) as prior:
             window = Window(0, 0, SIDE, SIDE)
             latent, evidence = prior.read(window)
             noise = np.random.default_rng(drive).integers(-99, 99, latent.shape).astype(np.int8)
-            prior.write(window, noise, evidence + np.uint16(50), (drive + 1) * 10**9)
+            prior.write(window, noise, evidence + np.uint16(max(50, kind.frame)), (drive + 1) * 10**9)
         if drive == 3:
             upkeep.compact(Ledger.open(Storage(city)))
     files = sorted(p for p in city.rglob("*") if p.is_file() and p.suffix != ".lock" and p.stat().st_size)
@@ -163,19 +190,23 @@ def flips(folder: Path, count: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", choices=KINDS, default=list(KINDS), help="how cells are written")
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.monotonic()
-        results = {"crash": kills(Path(folder), options.kills), "damage": flips(Path(folder), options.flips)}
-        results["seconds"] = {"all": round(time.monotonic() - begin, 1)}
+    results: dict[str, dict[str, Any]] = {}
+    for name in options.cells:
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            crash = kills(Path(folder), options.kills, KINDS[name])
+            damage = flips(Path(folder), options.flips, KINDS[name])
+            results[name] = {"crash": crash, "damage": damage, "seconds": round(time.monotonic() - begin, 1)}
     text = json.dumps(results, indent=2)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
-    if results["crash"]["problems"] or results["damage"]["missed"]:
+    if any(result["crash"]["problems"] or result["damage"]["missed"] for result in results.values()):
         raise SystemExit(1)
 
 

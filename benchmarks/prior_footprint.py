@@ -13,7 +13,7 @@ data set, the last of ``--data``, and scored on the others; ``shipped`` is the o
 Bytes: the recorded trajectories leave in each cell the evidence that a frame has on average at that place around the
 car, summed over their poses. Each of these tiles is filled with the latents of a tile of the simulated cities that is
 known nearly as a whole, and all of them are written as the base of a city. What counts is every byte below the folder
-of the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth tile.
+of the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth file.
 
 Cells of 0.6 m are stand-ins, the weighted means of four: no network was trained for them.
 """
@@ -300,19 +300,20 @@ def stored_mb(
     spec: PriorSpec,
     every: int,
 ) -> tuple[float, float, int]:
-    """Return what cities take in MB, in bytes and in blocks of 4 KiB as on a disk, and how many tiles there are."""
+    """Return what cities take in MB, in bytes and on a disk with blocks of 4 KiB, folders included, and their tiles."""
     size = blocks = count = 0
     for location, masks in cities.items():
-        some = {key: masks[key] for key in sorted(masks)[::every]}
         storage = Storage(folder / location)
         create(storage, location, spec)
         ledger = Ledger.open(storage)
+        files = sorted({(row // ledger.shard, col // ledger.shard) for row, col in masks})[::every]
+        some = {key: masks[key] for key in masks if (key[0] // ledger.shard, key[1] // ledger.shard) in set(files)}
         base = publish(ledger, rounded(pasted(some, sources), spec.bits), 1, ("0" * 32,))
         ledger.change_head(lambda head, base=base: replace(head, base=base.id))
-        sizes = [path.stat().st_size for path in (folder / location).rglob("*") if path.is_file()]
+        found = [(path.stat().st_size, path.is_dir()) for path in (folder / location).rglob("*")]
         share = len(masks) / len(some)
-        size += round(sum(sizes) * share)
-        blocks += round(sum(-(-size // 4096) * 4096 for size in sizes) * share)
+        size += round(sum(size for size, is_folder in found if not is_folder) * share)
+        blocks += round(sum(4096 if is_folder else -(-size // 4096) * 4096 for size, is_folder in found) * share)
         count += len(masks)
     return size / 1e6, blocks / 1e6, count
 
@@ -443,7 +444,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4, 3, 2])
     parser.add_argument("--cells", type=float, nargs="+", choices=(0.3, 0.6), default=[0.3, 0.6])
     parser.add_argument("--stride", type=int, default=3, help="score every so many frames")
-    parser.add_argument("--every", type=int, default=4, help="write every so many of the tiles of the trajectories")
+    parser.add_argument("--every", type=int, default=4, help="write every so many of the files of tiles")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--plot", type=Path, help="also draw a picture (.png)")
     options = parser.parse_args()
