@@ -7,8 +7,9 @@ out: the layers as serialised OccupancyGrids. In between are decoding (six JPEGs
 network and writing the prior, all as in the node. Without BAG, one is made of random pictures of 1600 x 900. The bag is
 played from the start again, an hour later each time, until there are so many frames.
 
-On a GPU the steps run side by side for several frames, as in `nmp map`. Messages are those of rclpy where it is
-installed, else of rosbags, which does the same in Python alone (`--messages` chooses). rosbags is needed in any case;
+On a GPU the steps run side by side for several frames, up to decoding in a process of its own, as in `nmp map`.
+Messages are those of rclpy where it is installed, else of rosbags, which does the same in Python alone (`--messages`
+chooses). rosbags is needed in any case;
 where there is no package index, carry its wheels there and install them with `pip install --no-index`:
 
     pip download --only-binary :all: -d wheels rosbags
@@ -25,11 +26,9 @@ import itertools
 import json
 import os
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -56,31 +55,30 @@ from nmp.layers import to_occupancy
 from nmp.mapper import OnlineMapper
 from nmp.messages import NS, STAMP_END, stamp_of_cdr
 from nmp.pipeline import ahead
-from nmp.replay import DECODERS, topics_of
+from nmp.replay import topics_of
+from nmp.source import Ended, Source, made_ready
 
 WIDTH, HEIGHT = 1600, 900
 HEADINGS = dict(zip(CAMERAS, (0, -55, -110, 180, 110, 55), strict=True))
 WARM_UP = 10
 """frames that are mapped before the clock starts"""
+WAITING = 3
+"""layers that may wait to be turned into messages, on a GPU"""
+TIMES = "times"
 
 
 class Stopwatch:
-    """Adds up what steps take, from any thread."""
+    """Adds up what steps take."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._lock = threading.Lock()
-
-    def add(self, step: str, seconds: float) -> None:
-        with self._lock:
-            self.seconds[step] += seconds
 
     def timed(self, step: str, action: Callable[[], Any]) -> Any:
         begin = time.perf_counter()
         try:
             return action()
         finally:
-            self.add(step, time.perf_counter() - begin)
+            self.seconds[step] += time.perf_counter() - begin
 
 
 def rclpy_messages() -> tuple[Callable[[bytes, str], Any], Callable[[LocalMap], list[bytes]]]:
@@ -139,78 +137,90 @@ def make_bag(folder: Path, frames: int, seed: int = 0) -> Path:
     return folder / "bag"
 
 
-def frames_of(
-    reader: BagReader, to_message: Callable[[bytes, str], Any], count: int, clock: Stopwatch
-) -> Iterator[Frame]:
-    """Yield frames of a bag that is read again and again, as the node puts them together."""
-    kinds = {name: topic.msgtype for name, topic in reader.topics.items()}
-    uses, length_ns = topics_of(reader), 3600 * NS
-    assembler = FrameAssembler()
-    calibrations: dict[str, bytes] = {}
-    made = 0
-    for lap in itertools.count():
+class Laps(Source):
+    """A bag that is read again and again, its messages put together as the node does it.
+
+    What that took comes as the latest text of the cause :data:`TIMES`, as JSON.
+    """
+
+    def __init__(self, bag: Path, mapper: OnlineMapper, messages: str, count: int) -> None:
+        super().__init__(bag, "", mapper.config, mapper.min_cameras)
+        self.messages = messages
+        self.count = count
+
+    def frames(self, assembler: FrameAssembler) -> Iterator[Frame]:
+        clock, made = Stopwatch(), 0
+        with BagReader(self.bag) as reader:
+            for lap in itertools.count():
+                for frame in self._lap(reader, assembler, clock, lap * 3600 * NS):
+                    yield frame
+                    made += 1
+                    if made == self.count:
+                        assembler.last_error[TIMES] = json.dumps(clock.seconds)
+                        return
+                if not made:
+                    why = "; ".join(assembler.last_error.values()) or "it has no images"
+                    raise NmpError(f"no frame could be made of {self.bag} ({why}): take another bag")
+
+    def _lap(self, reader: BagReader, assembler: FrameAssembler, clock: Stopwatch, later_ns: int) -> Iterator[Frame]:
+        to_message = (rclpy_messages() if self.messages == "rclpy" else rosbags_messages())[0]
+        kinds = {name: topic.msgtype for name, topic in reader.topics.items()}
+        uses = topics_of(reader)
+        calibrations: dict[str, bytes] = {}
         messages = reader.raw_messages(uses)
-        while (read := clock.timed("reading", lambda messages=messages: next(messages, None))) is not None:
+        while (read := clock.timed("reading", lambda: next(messages, None))) is not None:
             topic, _, data = read
             begin = time.perf_counter()
             use, camera = uses[topic]
             fetch = partial(to_message, bytes(data), kinds[topic])
             if use == "image":
                 transport = "raw" if kinds[topic].endswith("/Image") else "compressed"
-                assembler.add_sealed_image(camera, stamp_of_cdr(data) + lap * length_ns, fetch, transport)
+                assembler.add_sealed_image(camera, stamp_of_cdr(data) + later_ns, fetch, transport)
             elif use == "camera_info" and calibrations.get(topic) != data[STAMP_END:]:
                 calibrations[topic] = bytes(data[STAMP_END:])
                 assembler.add_camera_info(camera, fetch())
             elif use == "odom":
                 pose = fetch()
-                pose.header.stamp.sec += lap * length_ns // NS
+                pose.header.stamp.sec += later_ns // NS
                 assembler.add_pose(pose)
             elif use == "tf_static":
                 assembler.add_static_transforms(fetch())
             elif use == "location":
                 assembler.set_location(fetch().data)
             ready = assembler.pop_frames()
-            clock.add("messages to frames", time.perf_counter() - begin)
-            for frame in ready:
-                yield frame
-                made += 1
-                if made >= count:
-                    return
-        if not made:
-            why = "; ".join(assembler.last_error.values()) or "it has no images"
-            raise NmpError(f"no frame could be made of {reader.path} ({why}): take another bag")
+            clock.seconds["messages to frames"] += time.perf_counter() - begin
+            yield from ready
 
 
 def measure(bag: Path, mapper: OnlineMapper, messages: str, frames: int) -> dict[str, Any]:
     """Map so many frames and return the JSON."""
-    to_message, to_bytes = rclpy_messages() if messages == "rclpy" else rosbags_messages()
+    to_bytes = (rclpy_messages() if messages == "rclpy" else rosbags_messages())[1]
     on_gpu = mapper.device.type != "cpu"
-    clock = Stopwatch()
-    sent = 0
-    with BagReader(bag) as reader, ThreadPoolExecutor(DECODERS) as pool:
-        found = frames_of(reader, to_message, frames + WARM_UP, clock)
-        if on_gpu:
-            decoded = ahead(((frame, pool.submit(mapper.decode, frame).result) for frame in found), 2 * DECODERS)
-        else:
-            decoded = ((frame, partial(mapper.decode, frame)) for frame in found)
+    before, clock, sent = Stopwatch(), Stopwatch(), 0
 
-        def maps() -> Iterator[LocalMap]:
-            for frame, images in decoded:
-                ready = images()
-                local_map = mapper.update(frame, ready)
-                for step, seconds in mapper.stages_s.items():
-                    clock.add(step, seconds)
-                yield local_map
+    def maps() -> Iterator[LocalMap]:
+        for item in made_ready(Laps(bag, mapper, messages, frames + WARM_UP), beside=on_gpu):
+            if isinstance(item, Ended):
+                if item.error:
+                    raise NmpError(item.error)
+                before.seconds.update(json.loads(item.reasons[TIMES]))
+                return
+            if item.decoded is None:
+                raise NmpError(item.error)
+            local_map = mapper.update(item.frame, item.decoded)
+            for step, seconds in mapper.stages_s.items():
+                before.seconds[step] += seconds
+            yield local_map
 
-        out = ahead(maps(), DECODERS) if on_gpu else maps()
-        begin = cpu = 0.0
-        for number, local_map in enumerate(out):
-            if number == WARM_UP:
-                begin, cpu = time.perf_counter(), time.process_time()
-                clock.seconds.clear()
-            sent += sum(map(len, clock.timed("frames to messages", partial(to_bytes, local_map))))
-        wall, used = time.perf_counter() - begin, time.process_time() - cpu
-    ms = {step: 1e3 * seconds / frames for step, seconds in clock.seconds.items()}
+    begin = cpu = 0.0
+    for number, local_map in enumerate(ahead(maps(), WAITING) if on_gpu else maps()):
+        if number == WARM_UP:
+            begin, cpu = time.perf_counter(), time.process_time()
+            clock.seconds.clear()
+        sent += sum(map(len, clock.timed("frames to messages", partial(to_bytes, local_map))))
+    wall, used = time.perf_counter() - begin, time.process_time() - cpu
+    ms = {step: 1e3 * seconds / (frames + WARM_UP) for step, seconds in before.seconds.items()}
+    ms |= {step: 1e3 * seconds / frames for step, seconds in clock.seconds.items()}
     total = sum(ms.values())
     conversions = sum(ms.get(step, 0.0) for step in ("reading", "messages to frames", "frames to messages"))
     return {
@@ -223,7 +233,7 @@ def measure(bag: Path, mapper: OnlineMapper, messages: str, frames: int) -> dict
         "frames": frames,
         "frames_per_s": round(frames / wall, 2),
         "ms_per_frame": round(1e3 * wall / frames, 3),
-        "cpu_ms_per_frame": round(1e3 * used / frames, 3),
+        "cpu_ms_per_frame_of_the_mapping_process": round(1e3 * used / frames, 3),
         "bytes_out_per_frame": sent // (frames + WARM_UP),
         "layers": list(CLASSES),
         "steps_ms": {step: round(value, 3) for step, value in ms.items()},

@@ -27,8 +27,9 @@ def occupancy(probability: NDArray[np.float32], seen: NDArray[np.bool_]) -> NDAr
     """Return the same of probabilities [3, rows, cols] 0..1 and of where anything was seen [rows, cols]."""
     percent = np.rint(probability * 100.0).astype(np.int8)
     # Rounding must not carry a cell over the threshold: more than 50 says present, before and after.
-    percent = np.where(probability > 0.5, np.maximum(percent, 51), np.minimum(percent, 50)).astype(np.int8)
-    return np.where(seen[None], percent, np.int8(-1))
+    percent += (probability > 0.5) & (percent == 50)
+    percent[:, ~seen] = -1
+    return percent
 
 
 class LayerWriter:

@@ -97,7 +97,8 @@ class OnlineMapper:
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
         self._whole = whole
-        self._min_cameras = min_cameras
+        self.min_cameras = min_cameras
+        """images that a frame must have"""
         self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
         """of cities that this mapper begins"""
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
@@ -144,12 +145,6 @@ class OnlineMapper:
             )
         return self._cities[location]
 
-    def decode(self, frame: Frame) -> Decoded:
-        """Decode the images of a frame, for :meth:`update`; from any thread. Raises :class:`NmpError` for bad ones."""
-        begin = time.monotonic()
-        images = masked_input(frame, self.config, self._min_cameras)
-        return Decoded(*images, time.monotonic() - begin)
-
     def update(self, frame: Frame, decoded: Decoded | None = None) -> LocalMap:
         """Map one frame, and add what it saw to the prior, unless its pose is doubtful (:attr:`gates`).
 
@@ -160,7 +155,7 @@ class OnlineMapper:
         if not frame.location:
             raise NmpError("frame names no location: set the parameter 'location' or publish the topic 'location'")
         clock = _Stages()
-        ready = decoded or self.decode(frame)
+        ready = decoded or decode(frame, self.config, self.min_cameras)
         images = ready[:3]
         clock.done("decoding")
         clock.seconds["decoding"] = ready.seconds
@@ -277,6 +272,16 @@ class _Stages:
     def done(self, stage: str) -> None:
         now = time.monotonic()
         self.seconds[stage], self._at_s = now - self._at_s, now
+
+
+def decode(frame: Frame, config: NetworkConfig, min_cameras: int) -> Decoded:
+    """Decode the images of a frame, for :meth:`OnlineMapper.update`; from any thread.
+
+    Raises :class:`NmpError` for bad ones.
+    """
+    begin = time.monotonic()
+    images = masked_input(frame, config, min_cameras)
+    return Decoded(*images, time.monotonic() - begin)
 
 
 def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,15 +26,14 @@ from nmp.prior.storage import place_of
 from nmp.process import prepare_process
 
 if TYPE_CHECKING:
-    from nmp.mapper import Decoded, OnlineMapper
+    from nmp.mapper import OnlineMapper
 
 THREADS = 2
 """Fixed, because the order of a sum, and with it the last bit, may depend on the number of threads."""
 
-DECODERS = 3
-"""frames that are decoded at a time, where that is done ahead"""
-
 REFUSED = "refused by the mapper"
+_WAITING = 3
+"""layers that may wait to be written, where that is done beside the mapper"""
 
 
 @dataclass
@@ -127,20 +125,6 @@ def frames_of(reader: BagReader, assembler: FrameAssembler, location: str = "") 
     yield from assembler.flush()
 
 
-def decoded_ahead(
-    frames: Iterable[Frame], mapper: OnlineMapper
-) -> Iterator[tuple[Frame, Callable[[], Decoded] | None]]:
-    """Yield frames, each with what waits for its decoded images; on a GPU they are made ready while it computes.
-
-    On a CPU nothing is done ahead (None): both would take the cores from each other.
-    """
-    if mapper.device.type == "cpu":
-        yield from ((frame, None) for frame in frames)
-        return
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="frame") as pool:
-        yield from ahead(((frame, pool.submit(mapper.decode, frame).result) for frame in frames), 2 * DECODERS)
-
-
 def replay(
     bag: Path,
     mapper: OnlineMapper,
@@ -157,7 +141,9 @@ def replay(
     """
     writer = LayerWriter(out)
     summary = ReplaySummary()
-    for local_map in maps_of(bag, mapper, summary, location=location, progress=progress):
+    maps = maps_of(bag, mapper, summary, location=location, progress=progress)
+    # on a CPU both would take the cores from each other
+    for local_map in maps if mapper.device.type == "cpu" else ahead(maps, _WAITING):
         writer.write(local_map)
         if pictures:
             _write_picture(out, local_map)
@@ -173,26 +159,36 @@ def maps_of(
     """
     from tqdm import tqdm
 
-    assembler = FrameAssembler()
+    from nmp.source import Ended, Source, made_ready
+
     refused: Counter[str] = Counter()
     with BagReader(bag) as reader:
+        topics_of(reader)  # a bag that lacks something shows before a process is started for it
         total = keyframes_of(reader)
-        begin = time.monotonic()
-        frames = decoded_ahead(frames_of(reader, assembler, location), mapper)
-        bar = tqdm(frames, total=total, unit="frame", desc=bag.name, disable=None if progress else True)
-        for frame, decoded in bar:
+    begin = time.monotonic()
+    source = Source(bag, location, mapper.config, mapper.min_cameras)
+    items = made_ready(source, beside=mapper.device.type != "cpu")
+    with tqdm(total=total, unit="frame", desc=bag.name, disable=None if progress else True) as bar:
+        for item in items:
+            if isinstance(item, Ended):
+                summary.drops = refused + item.drops
+                summary.reasons |= item.reasons
+                if item.error:
+                    raise NmpError(item.error)
+                break
+            bar.update()
             try:
-                local_map = mapper.update(frame, decoded() if decoded else None)
+                if item.decoded is None:
+                    raise NmpError(item.error)
+                local_map = mapper.update(item.frame, item.decoded)
             except NmpError as error:
                 refused[REFUSED] += 1
                 summary.reasons[REFUSED] = str(error)
                 continue
             yield local_map
             summary.frames += 1
-        mapper.flush()
-        summary.seconds = time.monotonic() - begin
-    summary.drops = refused + assembler.drops
-    summary.reasons |= assembler.last_error
+    mapper.flush()
+    summary.seconds = time.monotonic() - begin
     if not summary.frames:
         raise NmpError(_why_nothing(bag, total, summary))
 

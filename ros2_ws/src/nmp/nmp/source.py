@@ -1,0 +1,168 @@
+"""The frames of a bag with their images decoded, on a GPU by a process beside the one that maps.
+
+What reading, assembling and decoding do in Python would take turns with the mapper; a GPU then waits for both.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nmp.assembly import FrameAssembler
+from nmp.bags.reader import BagReader
+from nmp.errors import NmpError
+from nmp.frame import CAMERAS, Frame
+from nmp.mapper import Decoded, decode
+from nmp.model.config import NetworkConfig
+from nmp.process import prepare_process
+from nmp.replay import frames_of
+
+DECODERS = 3
+"""frames that are decoded at a time, in a process of its own"""
+_SLOTS = 2 * DECODERS
+"""frames that are ready at a time"""
+_PATIENCE_S = 5.0
+"""how long a process is waited for that nobody wants anything of any more"""
+
+
+class Ready(NamedTuple):
+    """A frame, without the images that it came with."""
+
+    frame: Frame
+    decoded: Decoded | None
+    error: str = ""
+    """why its images cannot be used"""
+
+
+class Ended(NamedTuple):
+    """What comes last."""
+
+    drops: Counter[str]
+    """frames and messages that could not be used, by cause"""
+    reasons: dict[str, str]
+    """the latest text for each cause"""
+    error: str = ""
+    """why there is no more; empty at the end of the bag"""
+
+
+class Source:
+    """The frames of a bag in time order.
+
+    :param location: the city, where the bag names none or the wrong one
+    :param config: of the network that the images are for
+    :param min_cameras: images that a frame must have
+    """
+
+    def __init__(self, bag: Path, location: str, config: NetworkConfig, min_cameras: int) -> None:
+        self.bag = bag
+        self.location = location
+        self.config = config
+        self.min_cameras = min_cameras
+
+    def frames(self, assembler: FrameAssembler) -> Iterator[Frame]:
+        """Yield what the bag gives. Raises :class:`NmpError` where it is damaged."""
+        with BagReader(self.bag) as reader:
+            yield from frames_of(reader, assembler, self.location)
+
+    def items(self, depth: int = 0) -> Iterator[Ready | Ended]:
+        """Yield the frames decoded, ``depth`` of them ahead, and then :class:`Ended`."""
+        assembler, error = FrameAssembler(), ""
+        waiting: deque[Future[Ready]] = deque()
+        with ThreadPoolExecutor(max(depth, 1), thread_name_prefix="frame") as pool:
+            try:
+                for frame in self.frames(assembler):
+                    waiting.append(pool.submit(self._ready, frame))
+                    if len(waiting) > depth:
+                        yield waiting.popleft().result()
+            except NmpError as exc:
+                error = str(exc)
+            yield from (future.result() for future in waiting)
+        yield Ended(assembler.drops, assembler.last_error, error)
+
+    def _ready(self, frame: Frame) -> Ready:
+        light = replace(frame, shots=())
+        try:
+            return Ready(light, decode(frame, self.config, self.min_cameras))
+        except NmpError as exc:
+            return Ready(light, None, str(exc))
+
+
+def made_ready(source: Source, *, beside: bool) -> Iterator[Ready | Ended]:
+    """Yield what a source gives, made in this process or, ahead of who wants it, in one beside it.
+
+    Made beside it, the images of an item are good until the next one is asked for: they lie in memory that both
+    processes see and use again, as new memory would cost more than the copy. Raises :class:`NmpError` when the other
+    process dies.
+    """
+    if not beside:
+        # nothing is done ahead: on a CPU both would take the cores from each other
+        yield from source.items()
+        return
+    # not a fork: this process may have a GPU and threads, which it would tear apart
+    context = get_context("spawn")
+    room = context.RawArray("B", _SLOTS * math.prod(_shape(source)))
+    ready, told = context.Pipe(duplex=False)
+    freed, free = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(source, room, told, freed), daemon=True, name="source")
+    try:
+        process.start()
+        told.close()
+        freed.close()
+        images = torch.frombuffer(room, dtype=torch.uint8).view(_SLOTS, *_shape(source))
+        while True:
+            try:
+                item, rest, slot = ready.recv()
+            except (EOFError, OSError) as exc:
+                process.join()
+                why = f"exit code {process.exitcode}: is there enough memory?"
+                raise NmpError(f"the process that reads {source.bag} has died ({why})") from exc
+            if rest is not None:
+                pixel_from_base, present, seconds = rest
+                small = torch.from_numpy(pixel_from_base), torch.from_numpy(present)
+                item = item._replace(decoded=Decoded(images[slot], *small, seconds))
+            yield item
+            if isinstance(item, Ended):
+                return
+            if rest is not None:
+                free.send(slot)
+    finally:
+        for end in (ready, free, told, freed):
+            end.close()
+        if process.pid is not None:
+            process.join(timeout=_PATIENCE_S)
+            process.kill()
+            process.join()
+
+
+def _shape(source: Source) -> tuple[int, int, int, int, int]:
+    return 1, len(CAMERAS), 3, source.config.input_height, source.config.input_width
+
+
+def _serve(source: Source, room: Any, told: Connection, freed: Connection) -> None:
+    """Put the images of each frame into a free slot, and tell of it; until the other process is gone."""
+    prepare_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
+    images = torch.frombuffer(room, dtype=torch.uint8).view(_SLOTS, *_shape(source))
+    slots = list(range(_SLOTS))
+    try:
+        for item in source.items(DECODERS):
+            rest, slot = None, -1
+            if isinstance(item, Ready) and item.decoded is not None:
+                slot = slots.pop() if slots else freed.recv()
+                images[slot].copy_(item.decoded.images)
+                # torch would send a tensor by a file of its own, whatever its size
+                rest = item.decoded.pixel_from_base.numpy(), item.decoded.present.numpy(), item.decoded.seconds
+                item = item._replace(decoded=None)
+            told.send((item, rest, slot))
+    except (EOFError, OSError):  # nobody wants more
+        pass

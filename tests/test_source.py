@@ -1,0 +1,95 @@
+"""Frames made ready, in this process or in one beside it: the same ones, in order, with their errors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmp.assembly import FrameAssembler
+from nmp.errors import NmpError
+from nmp.frame import CAMERAS, Frame
+from nmp.model.config import NetworkConfig
+from nmp.source import Ended, Ready, Source, made_ready
+from tests.bag_fixtures import make_bag
+
+CONFIG = NetworkConfig(input_width=176, input_height=96)
+FRAMES = 9
+"""more than are decoded ahead"""
+
+
+class Dying(Source):
+    """Is killed after the second frame."""
+
+    def frames(self, assembler: FrameAssembler) -> Iterator[Frame]:
+        for number, frame in enumerate(super().frames(assembler)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield frame
+
+
+class Tampered(Source):
+    """The images of the second frame are no images, and after the sixth frame the bag is damaged."""
+
+    def frames(self, assembler: FrameAssembler) -> Iterator[Frame]:
+        for number, frame in enumerate(super().frames(assembler)):
+            if number == 6:
+                raise NmpError("the bag ends here: copy it again")
+            if number == 1:
+                object.__setattr__(frame.shots[0], "image", b"no image")
+            yield frame
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bag(tmp_path_factory.mktemp("bag"), FRAMES)
+
+
+def items(kind: type[Source], bag: Path, beside: bool) -> list[Ready | Ended]:
+    found: list[Ready | Ended] = []
+    for item in made_ready(kind(bag, "", CONFIG, len(CAMERAS)), beside=beside):
+        if isinstance(item, Ready) and item.decoded:  # its images are good until the next one is asked for
+            item = item._replace(decoded=item.decoded._replace(images=item.decoded.images.clone()))
+        found.append(item)
+    return found
+
+
+def test_both_ways_give_the_same(drive: Path) -> None:
+    here, beside = items(Source, drive, False), items(Source, drive, True)
+    assert len(here) == len(beside) == FRAMES + 1
+    assert here[-1] == beside[-1] and isinstance(here[-1], Ended) and not here[-1].error
+    stamps = []
+    for one, two in zip(here[:-1], beside[:-1], strict=True):
+        assert isinstance(one, Ready) and isinstance(two, Ready) and one.decoded and two.decoded
+        assert one.frame.stamp_ns == two.frame.stamp_ns and one.frame.location == two.frame.location
+        assert (one.frame.map_from_base == two.frame.map_from_base).all() and not two.frame.shots
+        assert all(map(torch.equal, one.decoded[:3], two.decoded[:3])) and one.decoded.images.any()
+        stamps.append(one.frame.stamp_ns)
+    assert stamps == sorted(stamps)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_errors_come_where_they_belong(drive: Path, beside: bool) -> None:
+    found = items(Tampered, drive, beside)
+    assert len(found) == 7
+    faults = [item.error for item in found]
+    assert "cam_front" in faults[1] and faults[-1] == "the bag ends here: copy it again"
+    assert not any(faults[:1] + faults[2:-1])
+
+
+def test_a_process_that_dies_is_told(drive: Path) -> None:
+    with pytest.raises(NmpError, match="the process that reads .* has died"):
+        items(Dying, drive, True)
+
+
+def test_who_stops_early_leaves_nothing_behind(drive: Path) -> None:
+    ready = made_ready(Source(drive, "", CONFIG, len(CAMERAS)), beside=True)
+    next(ready)
+    assert multiprocessing.active_children()
+    ready.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
