@@ -3,7 +3,8 @@
     python benchmarks/prior_window.py [--out prior_window.json] [--folder DIR]
 
 Prints (and writes) JSON: medians and 99th percentiles in milliseconds. "idle" keeps one window in memory,
-"driving" moves it 1.2 m a frame along a bent road while the background thread saves, "cold" reads from disk.
+"driving" moves it 1.2 m a frame along a bent road while the background thread saves, "cold" reads from disk. "gpu",
+where there is one, is what the window costs it: there and back, and from the stored numbers to the network's and back.
 """
 
 from __future__ import annotations
@@ -139,6 +140,30 @@ def measure(folder: Path, size: int, channels: int, repeats: int) -> dict[str, o
     return results
 
 
+def gpu_window(size: int, channels: int, repeats: int) -> dict[str, float]:
+    """Return what a GPU spends on one window, by its own clock; empty where there is none."""
+    import torch
+
+    from nmp.model.runner import quantize, read_quantized
+
+    if not torch.cuda.is_available():
+        return {}
+    latent = torch.randint(-127, 128, (1, channels, size, size), dtype=torch.int8).pin_memory()
+    evidence = torch.randint(0, 4096, (1, 1, size, size), dtype=torch.int16).pin_memory()
+    back = latent.clone().pin_memory(), evidence.clone().pin_memory()
+    durations = []
+    for _ in range(repeats + 10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        cells = read_quantized(latent.cuda(non_blocking=True), evidence.cuda(non_blocking=True))
+        for host, values in zip(back, quantize(cells), strict=True):
+            host.copy_(values, non_blocking=True)
+        end.record()
+        end.synchronize()
+        durations.append(start.elapsed_time(end) / 1e3)
+    return summary(durations[10:])
+
+
 def long_drive(folder: Path, size: int, channels: int, frames: int) -> dict[str, object]:
     """Drive through a large city as fast as it goes, with 64 MB resident, and commit it."""
     rng = np.random.default_rng(0)
@@ -179,6 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = measure(Path(folder), options.size, options.channels, options.repeats)
+        if gpu := gpu_window(options.size, options.channels, options.repeats):
+            results["gpu"] = gpu
         if options.long:
             results["long_drive"] = long_drive(Path(folder), options.size, options.channels, options.long)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
