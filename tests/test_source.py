@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bag(tmp_path_factory.mktemp("bag"), FRAMES)
 
 
-def items(kind: type[Source], bag: Path, beside: bool) -> list[Ready | Ended]:
+def items(kind: type[Source], bag: Path, beside: bool, wait_s: float = 0.0) -> list[Ready | Ended]:
     found: list[Ready | Ended] = []
     for item in made_ready(kind(bag, "", CONFIG, len(CAMERAS)), beside=beside):
+        time.sleep(wait_s)
         if isinstance(item, Ready) and item.decoded:  # its images are good until the next one is asked for
             item = item._replace(decoded=item.decoded._replace(images=item.decoded.images.clone()))
         found.append(item)
@@ -80,6 +82,11 @@ def test_errors_come_where_they_belong(drive: Path, beside: bool) -> None:
     faults = [item.error for item in found]
     assert "cam_front" in faults[1] and faults[-1] == "the bag ends here: copy it again"
     assert not any(faults[:1] + faults[2:-1])
+
+
+def test_who_is_slow_gets_all_of_it(drive: Path) -> None:
+    found = items(Source, drive, True, wait_s=0.2)  # the other process ends meanwhile
+    assert len(found) == FRAMES + 1 and isinstance(found[-1], Ended)
 
 
 def test_a_process_that_dies_is_told(drive: Path) -> None:

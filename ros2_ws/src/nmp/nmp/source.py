@@ -10,6 +10,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -134,7 +135,8 @@ def made_ready(source: Source, *, beside: bool) -> Iterator[Ready | Ended]:
             if isinstance(item, Ended):
                 return
             if rest is not None:
-                free.send(slot)
+                with suppress(OSError):  # it may have said all and gone
+                    free.send(slot)
     finally:
         for end in (ready, free, told, freed):
             end.close()
@@ -154,9 +156,9 @@ def _serve(source: Source, room: Any, told: Connection, freed: Connection) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
     images = torch.frombuffer(room, dtype=torch.uint8).view(_SLOTS, *_shape(source))
     slots = list(range(_SLOTS))
-    try:
-        for item in source.items(DECODERS):
-            rest, slot = None, -1
+    for item in source.items(DECODERS):
+        rest, slot = None, -1
+        try:
             if isinstance(item, Ready) and item.decoded is not None:
                 slot = slots.pop() if slots else freed.recv()
                 images[slot].copy_(item.decoded.images)
@@ -164,5 +166,5 @@ def _serve(source: Source, room: Any, told: Connection, freed: Connection) -> No
                 rest = item.decoded.pixel_from_base.numpy(), item.decoded.present.numpy(), item.decoded.seconds
                 item = item._replace(decoded=None)
             told.send((item, rest, slot))
-    except (EOFError, OSError):  # nobody wants more
-        pass
+        except (EOFError, OSError):  # nobody wants more
+            return
