@@ -92,11 +92,9 @@ def lost_of(folder: Path, safe: dict[int, int], kind: Kind) -> list[str]:
             least, most = (round(value / kind.frame) for value in (int(evidence.min()), int(evidence.max())))
             if least < frames or most - least > 12:
                 problems.append(f"drive {drive}: {least} of {frames} frames")
-            if (np.abs(latent - drive % 100.0) > kind.rounding).any():
-                off = np.abs(latent - drive % 100.0)
-                problems.append(
-                    f"drive {drive}: torn, {(off > kind.rounding).mean():.3f} of its cells, by up to {off.max():g}"
-                )
+            off = np.abs(latent - drive % 100.0)
+            if (torn := off > kind.rounding).any():
+                problems.append(f"drive {drive}: torn, {torn.mean():.3f} of its cells, by up to {off.max():g}")
     return problems
 
 

@@ -306,8 +306,9 @@ def stored_mb(
         storage = Storage(folder / location)
         create(storage, location, spec)
         ledger = Ledger.open(storage)
-        files = sorted({(row // ledger.shard, col // ledger.shard) for row, col in masks})[::every]
-        some = {key: masks[key] for key in masks if (key[0] // ledger.shard, key[1] // ledger.shard) in set(files)}
+        files = {key: (key[0] // ledger.shard, key[1] // ledger.shard) for key in masks}
+        chosen = set(sorted(set(files.values()))[::every])
+        some = {key: masks[key] for key, file in files.items() if file in chosen}
         base = publish(ledger, rounded(pasted(some, sources), spec.bits), 1, ("0" * 32,))
         ledger.change_head(lambda head, base=base: replace(head, base=base.id))
         found = [(path.stat().st_size, path.is_dir()) for path in (folder / location).rglob("*")]

@@ -55,15 +55,13 @@ from nmp.layers import to_occupancy
 from nmp.mapper import OnlineMapper
 from nmp.messages import NS, STAMP_END, stamp_of_cdr
 from nmp.pipeline import ahead
-from nmp.replay import topics_of
+from nmp.replay import WAITING, topics_of
 from nmp.source import Ended, Source, made_ready
 
 WIDTH, HEIGHT = 1600, 900
 HEADINGS = dict(zip(CAMERAS, (0, -55, -110, 180, 110, 55), strict=True))
 WARM_UP = 10
 """frames that are mapped before the clock starts"""
-WAITING = 3
-"""layers that may wait to be turned into messages, on a GPU"""
 TIMES = "times"
 
 
@@ -117,6 +115,9 @@ def rosbags_messages() -> tuple[Callable[[bytes, str], Any], Callable[[LocalMap]
     return STORE.deserialize_cdr, to_bytes
 
 
+MESSAGES = {"rclpy": rclpy_messages, "rosbags": rosbags_messages}
+
+
 def make_bag(folder: Path, frames: int, seed: int = 0) -> Path:
     """Write a straight drive at 10 m/s with a keyframe every 0.5 s and images of coloured noise."""
     rng = np.random.default_rng(seed)
@@ -163,7 +164,7 @@ class Laps(Source):
                     raise NmpError(f"no frame could be made of {self.bag} ({why}): take another bag")
 
     def _lap(self, reader: BagReader, assembler: FrameAssembler, clock: Stopwatch, later_ns: int) -> Iterator[Frame]:
-        to_message = (rclpy_messages() if self.messages == "rclpy" else rosbags_messages())[0]
+        to_message = MESSAGES[self.messages]()[0]
         kinds = {name: topic.msgtype for name, topic in reader.topics.items()}
         uses = topics_of(reader)
         calibrations: dict[str, bytes] = {}
@@ -194,7 +195,7 @@ class Laps(Source):
 
 def measure(bag: Path, mapper: OnlineMapper, messages: str, frames: int) -> dict[str, Any]:
     """Map so many frames and return the JSON."""
-    to_bytes = (rclpy_messages() if messages == "rclpy" else rosbags_messages())[1]
+    to_bytes = MESSAGES[messages]()[1]
     on_gpu = mapper.device.type != "cpu"
     before, clock, sent = Stopwatch(), Stopwatch(), 0
 
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--messages", choices=("auto", "rclpy", "rosbags"), default="auto")
+    parser.add_argument("--messages", choices=("auto", *MESSAGES), default="auto")
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -75,12 +75,13 @@ def test_param_and_lifecycle_get(world: Ros) -> None:
 def record(rig: Rig, folder: Path, drive: Path) -> Counter[str]:
     """Record all that the node publishes as ``ros2 bag record`` does: bytes, with the quality of service on offer."""
     taken: list[tuple[str, bytes]] = []
-    kinds: dict[str, list[str]] = {}
+
+    def told() -> dict[str, list[str]]:
+        return dict(rig.node.get_publisher_names_and_types_by_node("mapping_node", "/"))
+
     # which node an endpoint belongs to is told by a message of its own, a little later
-    own = {p.topic_name for p in rig.node.publishers}
-    assert until(
-        lambda: kinds.update(rig.node.get_publisher_names_and_types_by_node("mapping_node", "/")) or own <= kinds.keys()
-    )
+    assert until(lambda: {p.topic_name for p in rig.node.publishers} <= told().keys())
+    kinds = told()
     offers: dict[str, QoSProfile] = {}
     for name, (kind,) in kinds.items():
         offers[name] = rig.node.get_publishers_info_by_topic(name)[0].qos_profile

@@ -32,7 +32,7 @@ THREADS = 2
 """Fixed, because the order of a sum, and with it the last bit, may depend on the number of threads."""
 
 REFUSED = "refused by the mapper"
-_WAITING = 3
+WAITING = 3
 """layers that may wait to be written, where that is done beside the mapper"""
 
 
@@ -143,7 +143,7 @@ def replay(
     summary = ReplaySummary()
     maps = maps_of(bag, mapper, summary, location=location, progress=progress)
     # on a CPU both would take the cores from each other
-    for local_map in maps if mapper.device.type == "cpu" else ahead(maps, _WAITING):
+    for local_map in maps if mapper.device.type == "cpu" else ahead(maps, WAITING):
         writer.write(local_map)
         if pictures:
             _write_picture(out, local_map)

@@ -22,7 +22,7 @@ from nmp.prior.coding import Coding
 from nmp.prior.record import Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import SHARD, Planes, TileSet
+from nmp.prior.tileset import BATCH, SHARD, Planes, TileSet
 from nmp.prior.window import PriorSpec
 
 _log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ COPY = "record.json"
 """beside the tiles of a record: what the record itself is mended with"""
 _LEVEL_DRIVE, _LEVEL_BASE = 9, 19
 """of the compression: a car waits for it when a drive is over (2 ms a tile, 28 ms at 19), nobody for a base"""
-_BATCH = 16
-"""tiles that are held in memory at a time while many are written"""
 
 
 @dataclass(frozen=True)
@@ -311,8 +309,8 @@ MakeTiles = Callable[[list[Key]], dict[Key, Cells]]
 
 
 def _in_batches(keys: list[Key], make: MakeTiles) -> Iterator[tuple[Key, Cells]]:
-    for start in range(0, len(keys), _BATCH):
-        yield from sorted(make(keys[start : start + _BATCH]).items(), key=lambda item: item[0])
+    for start in range(0, len(keys), BATCH):
+        yield from sorted(make(keys[start : start + BATCH]).items(), key=lambda item: item[0])
 
 
 def save(tiles: TileSet, batch: dict[Key, Planes]) -> None:
@@ -431,7 +429,7 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec, int]:
         if isinstance(version, int) and version > FORMAT:
             raise NmpError(f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT}: update nmp")
         values = unchecked(raw or b"")
-        if version not in (2, 3, 4):
+        if version not in range(2, FORMAT + 1):
             raise ValueError(f"format {version!r} never existed")
         coding = None
         if "coding" in values:

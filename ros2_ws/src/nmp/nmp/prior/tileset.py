@@ -21,8 +21,8 @@ Reject = Callable[[Key, str], None]
 """is told of a tile that is damaged or gone, and why"""
 SHARD = 8
 """tiles along each edge of a file, where tiles are written once: a tile is 1 to 2 KB, a block of a disk 4"""
-_BATCH = 16
-"""tiles that are held in memory at a time, or as many as are in one file"""
+BATCH = 16
+"""tiles that are held in memory at a time while many are read or written, or as many as are in one file"""
 
 
 class TileSet:
@@ -97,7 +97,7 @@ class TileSet:
         batch: list[Key] = []
         for _, group in groupby(sorted(keys, key=lambda key: (self._file(key), key)), self._file):
             batch += group
-            if len(batch) >= _BATCH:
+            if len(batch) >= BATCH:
                 yield batch
                 batch = []
         if batch:

@@ -38,12 +38,11 @@ from nmp.prior.ledger import (
 from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import Planes, TileSet
+from nmp.prior.tileset import BATCH, Planes, TileSet
 from nmp.prior.window import PriorSpec
 
 Step = Callable[[int], object]
 """is told how many more pieces of a long job are done"""
-_BATCH = 16
 _DAY_NS = 86_400 * 10**9
 
 
@@ -540,5 +539,5 @@ def _as_drive(cells: Cells, spec: PriorSpec) -> Cells:
 
 
 def _batches(keys: list[Key]) -> Iterator[list[Key]]:
-    for start in range(0, len(keys), _BATCH):
-        yield keys[start : start + _BATCH]
+    for start in range(0, len(keys), BATCH):
+        yield keys[start : start + BATCH]
