@@ -129,7 +129,7 @@ def measure_way(
     runner = Runner(network, side=inputs.evidence.shape[-1], precision=precision, **way)
     out: dict[str, Any] = {"first_call_s": round(time.perf_counter() - begin, 2)}
     runner.outputs(inputs)
-    out["frame"] = measure(runner.program.run, repeats, device)
+    out["frame"] = measure(runner.compute, repeats, device)
     images = inputs.images.permute(0, 1, 4, 2, 3)
     cells = (inputs.latent[0].numpy(), inputs.evidence[0, 0].numpy().view(np.uint16))
     given = (images, inputs.pixel_from_base, inputs.present, inputs.pose, inputs.spread, *cells)
@@ -145,10 +145,6 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
     frame = OneFrame(network, choose_precision(precision, device))
     images, pixel_from_base, present, pose, spread, latent, evidence = (t.to(device) for t in inputs)
     origin = torch.zeros(1, 2, device=device)
-
-    def encode(images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
-        with frame.autocast():
-            return frame.encode(images, pixel_from_base, present)
 
     def prior(bev: Tensor, pose: Tensor, spread: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, ...]:
         memory = read_quantized(latent, evidence)
@@ -169,7 +165,7 @@ def parts(network: BEVNetwork, inputs: Inputs, precision: str, way: dict[str, bo
             logits = network.decode(features).logits.float()
         return logits, torch.sigmoid(logits)
 
-    out = {"encode": Program(encode, (images, pixel_from_base, present), **way)}
+    out = {"encode": Program(frame.encode, (images, pixel_from_base, present), **way)}
     bev = out["encode"].run().clone()
     out["prior"] = Program(prior, (bev, pose, spread, latent, evidence), **way)
     out["decode"] = Program(decode, (out["prior"].run()[0].clone(),), **way)

@@ -94,7 +94,7 @@ def train(
     progress.config = config.to_dict()
     ranks.batch_norms(network, device)
     if config.checkpointing:
-        save_memory(network)
+        save_memory(network, compiled=config.compile)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())

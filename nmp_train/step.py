@@ -27,6 +27,7 @@ POSE_DRAWS = 4
 """times that a group is gone through with other errors of the pose, where the alignment alone is trained"""
 REPEATS = (1.0, 1.0, 2.0, 4.0)
 """how often a frame counts as seen, drawn at random: as if its place had been passed so often"""
+_SHAPES_OF_BLOCKS = 64
 MARGIN_M = 2.0
 """room around the window for errors of the pose"""
 
@@ -94,7 +95,8 @@ class TrainingStep(nn.Module):
         self.window = 2 * math.ceil(reach / net.prior_cell)
         """edge of the window, in cells"""
         compiled: Callable[[Any], Any] = torch.compile if config.compile else lambda function: function
-        self._encode: Callable[..., Tensor] = compiled(network.encode)
+        # Nothing compiled may compute a part of itself again: there the parts are compiled, see save_memory.
+        self._encode: Callable[..., Tensor] = network.encode if config.checkpointing else compiled(network.encode)
         self._alone: Callable[..., Output] = compiled(network.alone)
         self._step: Callable[..., tuple[Output, Memory]] = compiled(network.step)
         if config.checkpointing:
@@ -335,7 +337,7 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *inputs: Any) ->
 @contextlib.contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
     """Let batch norms use the statistics of a batch without taking note of them."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     kept = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -346,11 +348,21 @@ def without_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def save_memory(network: BEVNetwork) -> None:
-    """Have the blocks of the backbone, and what else can, computed twice instead of kept."""
+def save_memory(network: BEVNetwork, *, compiled: bool = False) -> None:
+    """Have the blocks of the backbone, and what else can, computed twice instead of kept.
+
+    :param compiled: compile these blocks
+    """
     for module in network.modules():
         if hasattr(module, "checkpoint"):
             setattr(module, "checkpoint", True)  # noqa: B010 (for mypy any attribute is a tensor or module)
+    if compiled:
+        from torch import _dynamo as dynamo  # takes a second, and few compile
+
+        # All blocks have the same code: every shape of them counts as compiled anew, and twice where statistics are
+        # taken once. What is beyond the limit would not be compiled.
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES_OF_BLOCKS)
     for index in range(network.backbone.stages):
         for block in network.backbone.get_submodule(f"layer{index + 1}").children():
-            block.forward = functools.partial(recomputed, block, block.forward)
+            forward = torch.compile(block.forward) if compiled else block.forward
+            block.forward = functools.partial(recomputed, block, forward)

@@ -207,7 +207,10 @@ def test_weights_without_the_search_begin_a_run_with_it(tmp_path: Path) -> None:
         _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, neck_channels=4)))
 
 
-def test_recomputing_changes_nothing_but_memory() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_changes_nothing_but_memory(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # by what needs no C compiler: what is compiled is the same
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     config = tiny_config()
     source = ColouredSource(config)
     batch = source.batch(next(iter(source.loader(config.stages[0], seed=1, length=2))))
@@ -216,8 +219,9 @@ def test_recomputing_changes_nothing_but_memory() -> None:
     for checkpointing in (False, True):
         network = tiny_network()
         if checkpointing:
-            save_memory(network)
-        step = TrainingStep(network, replace(config, checkpointing=checkpointing), config.stages[0]).train()
+            save_memory(network, compiled=compiled)
+        asked = replace(config, checkpointing=checkpointing, compile=compiled)
+        step = TrainingStep(network, asked, config.stages[0]).train()
         step(batch, draws)["loss"].backward()
         grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         found.append(grads | {n: b for n, b in network.named_buffers() if "running" in n})

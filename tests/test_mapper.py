@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,8 +102,10 @@ def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_pa
     with OnlineMapper(weights, tmp_path) as mapper:
         assert mapper.prior_size()["tiles"] == 0
         mapper.update(frames[0])
-        assert list(mapper.stages_s) == ["decoding", "reading prior", "network", "writing prior"]
-        assert all(seconds >= 0 for seconds in mapper.stages_s.values())
+        assert set(mapper.stages_s) == {"decoding", "reading prior", "network", "writing prior"}
+        assert all(seconds > 0 for stage, seconds in mapper.stages_s.items() if stage != "writing prior")
+        mapper.update(frames[1])
+        assert mapper.stages_s["writing prior"] > 0  # of the frame before: it is written while others go on
         size = mapper.prior_size()
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
@@ -232,6 +236,33 @@ def test_weights_that_are_damaged_do_not_reach_the_prior(weights: Path, frames: 
     assert _bytes(tmp_path) == {}
 
 
+def test_layers_do_not_wait_for_what_is_stored_but_the_next_frame_does(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, order = threading.Event(), []
+    write, read = CityPrior.write, CityPrior.read
+
+    def slow(*args: Any, **more: Any) -> None:
+        assert go_on.wait(20)
+        write(*args, **more)
+        order.append("written")
+
+    def noted(*args: Any, **more: Any) -> Any:
+        order.append("read")
+        return read(*args, **more)
+
+    monkeypatch.setattr(CityPrior, "write", slow)
+    monkeypatch.setattr(CityPrior, "read", noted)
+    with OnlineMapper(weights, tmp_path) as mapper:
+        mapper.update(frames[0])
+        assert order == ["read"]
+        threading.Timer(0.2, go_on.set).start()
+        mapper.update(frames[1])
+        assert order[:3] == ["read", "written", "read"]
+        assert mapper.city(frames[0].location).extent() is not None
+        assert order == ["read", "written", "read", "written"]
+
+
 def test_a_failing_disk_does_not_stop_the_layers(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +274,10 @@ def test_a_failing_disk_does_not_stop_the_layers(
         with monkeypatch.context() as patch:
             patch.setattr(CityPrior, "write", full)
             assert mapper.update(frames[0]).probabilities.shape == (3, 200, 400)
+            mapper.settle()
             assert "No space left" in mapper.prior_error
         mapper.update(frames[1])
+        mapper.settle()
         assert mapper.prior_error == ""
 
 
@@ -266,9 +299,11 @@ def test_a_disk_that_stays_full_is_told_in_every_frame(
             wait(full=True)
             for frame in (frames[1], frames[1], frames[1]):
                 mapper.update(frame)
+                mapper.settle()
                 assert "No space left" in mapper.prior_error
         wait(full=False)
         mapper.update(frames[1])
+        mapper.settle()
         assert mapper.prior_error == ""
 
 

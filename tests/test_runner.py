@@ -110,7 +110,7 @@ def test_a_frame_can_be_recorded(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     inputs = [t.to("meta") for t in example_inputs(network, window_side(network.config))]
     frame = OneFrame(network.to("meta"), torch.float32)
     with torch.no_grad(), _Watch() as watch:
-        outputs = frame.with_prior(*inputs)
+        outputs = frame.with_prior(frame.encode(*inputs[:3]), *inputs[3:])
     assert outputs.logits.device.type == "meta"
     assert not watch.found
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -105,11 +106,16 @@ class OnlineMapper:
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
         self.prior_error = ""
-        """why the last update could not be saved; empty when it could, or when it waits for the next flush"""
+        """why the last update could not be saved; empty when it could, or when it waits for the next flush. Storing
+        goes on after :meth:`update` has returned: until it is done (:meth:`settle`) this is about the update before"""
         self.gates = PoseGate(limits)
         """judges the poses: how often and why a frame was not stored"""
         self.stages_s: dict[str, float] = {}
-        """what each stage of the last update took, s"""
+        """what each stage of the last update took, s; writing the prior is that of the update before"""
+        self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._stored: Future[None] | None = None
+        """of what the last frame saw"""
+        self._wrote_s = 0.0
         self._cities: dict[str, CityPrior] = {}
         if use_prior and (stored := Storage(self.prior_dir)).local is not None:
             # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
@@ -133,7 +139,8 @@ class OnlineMapper:
         return self.config.layer_grid
 
     def city(self, location: str) -> CityPrior:
-        """Return the open prior of a city."""
+        """Return the open prior of a city, with all that was mapped so far."""
+        self.settle()
         if location not in self._cities:
             self._cities[location] = CityPrior.open(
                 self.prior_dir,
@@ -156,15 +163,18 @@ class OnlineMapper:
             raise NmpError("frame names no location: set the parameter 'location' or publish the topic 'location'")
         clock = _Stages()
         ready = decoded or decode(frame, self.config, self.min_cameras)
-        images = ready[:3]
         clock.done("decoding")
         clock.seconds["decoding"] = ready.seconds
+        self._runner.see(*ready[:3])
         if not self.use_prior:
-            answer = _checked(self._runner.run(*images))
+            answer = _checked(self._runner.answer())
             clock.done("network")
             self.stages_s = clock.seconds
             return self._local_map(frame, answer)
 
+        clock.done("network")
+        self.settle()
+        clock.restart()
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
@@ -172,23 +182,29 @@ class OnlineMapper:
         city.prefetch(x, y, yaw_of(frame.map_from_base))
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
-        latent, evidence = city.read(window)
+        _, evidence = city.read(window, self._runner.window)
         clock.done("reading prior")
         weight = self.gates.check(frame)
         if weight < 1:
-            evidence = doubted(evidence, weight, EVIDENCE_SCALE)
+            evidence[...] = doubted(evidence, weight, EVIDENCE_SCALE)
         told = UNSTATED_STD if self.gates.doubts_motion else (frame.position_std, frame.yaw_std)
         spread = torch.tensor([told])
-        answer = _checked(self._runner.run(*images, pose, spread, latent, evidence))
+        answer = _checked(self._runner.answer(pose, spread))
         clock.done("network")
+        self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
         if self.gates.may_store(answer.found):
-            self._store(city, window, answer, frame.stamp_ns)
-        clock.done("writing prior")
-        self.stages_s = clock.seconds
+            self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns)
         return self._local_map(frame, answer)
+
+    def settle(self) -> None:
+        """Wait until what the last frame saw is stored; every other method that needs it does so by itself."""
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            stored.result()
 
     def _store(self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int) -> None:
         assert answer.latent is not None and answer.evidence is not None
+        begin = time.monotonic()
         try:
             city.write(window, answer.latent, answer.evidence, stamp_ns, changed=answer.seen)
             self.prior_error = city.unsaved  # a write succeeds in memory while the disk is full
@@ -196,6 +212,7 @@ class OnlineMapper:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
             self.prior_error = str(error)
             log.error("%s", error)
+        self._wrote_s = time.monotonic() - begin
 
     def _local_map(self, frame: Frame, answer: Answer) -> LocalMap:
         step = round(self.config.feature_resolution / self.config.layer_resolution)
@@ -214,12 +231,14 @@ class OnlineMapper:
 
     def prior_size(self) -> dict[str, int]:
         """Return how many tiles the open cities have, and how much of them is in memory or not saved yet."""
+        self.settle()
         sizes = [city.statistics() for city in list(self._cities.values())]
         names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
 
     def flush(self) -> None:
         """Write everything that the prior holds to disk."""
+        self.settle()
         for city in self._cities.values():
             city.flush()
 
@@ -235,6 +254,7 @@ class OnlineMapper:
 
         :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
         """
+        self.settle()
         self.gates.restart()
         added = {}
         while self._cities:
@@ -245,6 +265,7 @@ class OnlineMapper:
 
     def discard(self) -> None:
         """Release the prior without what this drive added to it."""
+        self.settle()
         self.gates.restart()
         while self._cities:
             _, city = self._cities.popitem()
@@ -271,7 +292,12 @@ class _Stages:
 
     def done(self, stage: str) -> None:
         now = time.monotonic()
-        self.seconds[stage], self._at_s = now - self._at_s, now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._at_s
+        self._at_s = now
+
+    def restart(self) -> None:
+        """Do not count the time since the last stage."""
+        self._at_s = time.monotonic()
 
 
 def decode(frame: Frame, config: NetworkConfig, min_cameras: int) -> Decoded:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nmp.assembly import FrameAssembler
 from nmp.bags.reader import BagReader
@@ -111,7 +112,7 @@ def made_ready(source: Source, *, beside: bool) -> Iterator[Ready | Ended]:
         return
     # not a fork: this process may have a GPU and threads, which it would tear apart
     context = get_context("spawn")
-    room = context.RawArray("B", _SLOTS * math.prod(_shape(source)))
+    room = context.RawArray("B", math.prod(_shape(source)))
     ready, told = context.Pipe(duplex=False)
     freed, free = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(source, room, told, freed), daemon=True, name="source")
@@ -119,7 +120,7 @@ def made_ready(source: Source, *, beside: bool) -> Iterator[Ready | Ended]:
         process.start()
         told.close()
         freed.close()
-        images = torch.frombuffer(room, dtype=torch.uint8).view(_SLOTS, *_shape(source))
+        images = _images_in(room, source)
         while True:
             try:
                 item, rest, slot = ready.recv()
@@ -147,14 +148,23 @@ def made_ready(source: Source, *, beside: bool) -> Iterator[Ready | Ended]:
 
 
 def _shape(source: Source) -> tuple[int, int, int, int, int]:
-    return 1, len(CAMERAS), 3, source.config.input_height, source.config.input_width
+    return _SLOTS, len(CAMERAS), source.config.input_height, source.config.input_width, 3
+
+
+def _images_in(room: Any, source: Source) -> Tensor:
+    """Return the images [slots, 1, 6, 3, H, W] in shared memory; each lies there pixel by pixel, as it was decoded.
+
+    Any other order would be turned round twice, which takes as long as the network on a GPU.
+    """
+    images = torch.frombuffer(room, dtype=torch.uint8).view(_shape(source))
+    return images.permute(0, 1, 4, 2, 3)[:, None]
 
 
 def _serve(source: Source, room: Any, told: Connection, freed: Connection) -> None:
     """Put the images of each frame into a free slot, and tell of it; until the other process is gone."""
     prepare_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
-    images = torch.frombuffer(room, dtype=torch.uint8).view(_SLOTS, *_shape(source))
+    images = _images_in(room, source)
     slots = list(range(_SLOTS))
     for item in source.items(DECODERS):
         rest, slot = None, -1

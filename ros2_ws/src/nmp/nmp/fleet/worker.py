@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,7 +74,8 @@ class Worker:
             if drive.recording in mapper.city(drive.location).recordings():
                 return Mapped(number, 0, 0.0, 0, "")  # the answer of a worker was lost after it had committed
             try:
-                for _ in maps_of(drive.bag, mapper, summary, location=self._location, progress=False):
+                maps = maps_of(drive.bag, mapper, summary, location=self._location, progress=False)
+                for _ in itertools.chain(maps, (None,)):  # once more when the last frame is stored as well
                     if mapper.prior_error:
                         raise _Unsaved(mapper.prior_error)
             except _Unsaved:

@@ -26,6 +26,8 @@ from nmp.model.preprocess import example_projection
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+_SEEN = 3
+"""inputs that need no prior: those about the images"""
 _WARM_UP = 3
 """runs before a recording: libraries choose their kernels and allocate in the first ones"""
 
@@ -259,27 +261,22 @@ class OneFrame:
         self._origin = torch.zeros(1, 2, device=device)  # poses count from the corner of the window
         self._region = torch.ones(1, 1, *network.config.feature_grid.shape, device=device)
 
-    def alone(self, images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Outputs:
-        """Map a frame without a prior; tensors on the device, as in :class:`Inputs`."""
+    def encode(self, images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
+        """Images to BEV features (see :meth:`BEVNetwork.encode`); tensors on the device, as in :class:`Inputs`."""
         with self.autocast():
-            logits = self.network.alone(self.encode(images, pixel_from_base, present)).logits.float()
+            return self.network.encode(images.permute(0, 1, 4, 2, 3), pixel_from_base, present)
+
+    def alone(self, bev: Tensor) -> Outputs:
+        """Map BEV features without a prior."""
+        with self.autocast():
+            logits = self.network.alone(bev).logits.float()
         return Outputs(logits, torch.sigmoid(logits), torch.isfinite(logits).all())
 
-    def with_prior(
-        self,
-        images: Tensor,
-        pixel_from_base: Tensor,
-        present: Tensor,
-        pose: Tensor,
-        spread: Tensor,
-        latent: Tensor,
-        evidence: Tensor,
-    ) -> Outputs:
-        """Map a frame with a prior, and update it; tensors on the device, as in :class:`Inputs`."""
+    def with_prior(self, bev: Tensor, pose: Tensor, spread: Tensor, latent: Tensor, evidence: Tensor) -> Outputs:
+        """Map BEV features with a prior, and update it; the others are as in :class:`Inputs`, on the device."""
         config = self.network.config
         memory = read_quantized(latent, evidence)
         with self.autocast():
-            bev = self.encode(images, pixel_from_base, present)
             output, memory = self.network.step(bev, memory, pose, self._origin, spread=spread)
         logits = output.logits.float()
         found = None
@@ -298,10 +295,6 @@ class OneFrame:
             covered > 0,
             found,
         )
-
-    def encode(self, images: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
-        """Images [1, 6, H, W, 3] to BEV features (see :meth:`BEVNetwork.encode`)."""
-        return self.network.encode(images.permute(0, 1, 4, 2, 3), pixel_from_base, present)
 
     def autocast(self) -> torch.autocast:
         """Return the context that the network computes in."""
@@ -337,27 +330,70 @@ class Runner:
         frame = OneFrame(network, choose_precision(precision, self.device))
         on_gpu = self.device.type == "cuda"
         # Pinned memory, from which the GPU fetches by itself. On a CPU both are the same tensors.
-        example = list(example_inputs(network, side))[: None if side is not None else 3]
+        example = list(example_inputs(network, side))[: None if side is not None else _SEEN]
         self._host = [t.pin_memory() for t in example] if on_gpu else example
         self._on_device = [t.to(self.device) for t in self._host]
+        ways = {"compiled": compiled, "graph": graph}
+        self._encoding = Program(frame.encode, self._on_device[:_SEEN], **ways)
+        # where a recording leaves its features, each time
+        self._bev = self._encoding.run()
         function = frame.with_prior if side is not None else frame.alone
-        self.program = Program(function, self._on_device, compiled=compiled, graph=graph)
+        self._mapping = Program(function, (self._bev, *self._on_device[_SEEN:]), **ways)
         self._answer: list[Tensor] = []
         if on_gpu:
             # The logits stay where they are: nobody on the host asks for them.
-            back = [t for t in self.program.run()[1:] if t is not None]
+            back = [t for t in self._mapping.run()[1:] if t is not None]
             self._answer = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in back]
         self._done = torch.cuda.Event() if on_gpu else None
+
+    @property
+    def window(self) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+        """Latent [D, side, side] and evidence [side, side] of the window, for the caller to fill in."""
+        latent, evidence = self._host[_SEEN + 2 :]
+        return latent[0].numpy(), evidence[0, 0].numpy().view(np.uint16)
+
+    @torch.no_grad()
+    def compute(self) -> Outputs:
+        """Map the frame that was uploaded last, once more; on a GPU this only queues the work."""
+        self._encode()
+        out: Outputs = self._mapping.run()
+        return out
 
     @torch.no_grad()
     def outputs(self, inputs: Inputs) -> Outputs:
         """Map one frame and leave everything on the device; the next frame may overwrite it."""
         for on_device, values in zip(self._on_device, inputs, strict=False):
             on_device.copy_(values)
-        out: Outputs = self.program.run()
-        return out
+        return self.compute()
 
     @torch.no_grad()
+    def see(self, images: Tensor, pixel_from_base: Tensor, present: Tensor) -> None:
+        """Take the images of a frame, and begin with what needs no prior; a GPU goes on with it by itself.
+
+        :param images: [1, 6, 3, H, W] uint8, the others as in :class:`Inputs`
+        """
+        given = images.permute(0, 1, 3, 4, 2), pixel_from_base, present
+        self._upload(given, slice(0, _SEEN))
+        self._encode()
+
+    @torch.no_grad()
+    def answer(self, pose: Tensor | None = None, spread: Tensor | None = None) -> Answer:
+        """Map the frame that :meth:`see` took, with the prior in :attr:`window`.
+
+        :param pose: [1, 3] as in :class:`Inputs`; with a prior only, as is ``spread`` [1, 2]
+        """
+        if self.side is not None:
+            assert pose is not None and spread is not None
+            self._upload((pose, spread), slice(_SEEN, None))
+        back = [t for t in self._mapping.run()[1:] if t is not None]
+        if self._done is None:
+            return _answer(back)
+        for answer, out in zip(self._answer, back, strict=True):
+            answer.copy_(out, non_blocking=True)
+        self._done.record(torch.cuda.current_stream(self.device))
+        self._done.synchronize()
+        return _answer(self._answer)
+
     def run(
         self,
         images: Tensor,
@@ -368,35 +404,29 @@ class Runner:
         latent: NDArray[np.int8] | None = None,
         evidence: NDArray[np.uint16] | None = None,
     ) -> Answer:
-        """Map one frame.
+        """Map one frame: :meth:`see` and :meth:`answer` in one.
 
-        :param images: [1, 6, 3, H, W] uint8, the next two as in :class:`Inputs`
-        :param pose: [1, 3] as in :class:`Inputs`; with a prior only, as are the next three
-        :param spread: [1, 2] as in :class:`Inputs`
-        :param latent: [D, side, side] cells of the window
-        :param evidence: [side, side] of the window
+        :param latent: [D, side, side] cells of the window; with a prior only, as is ``evidence`` [side, side]
         """
-        given = [images.permute(0, 1, 3, 4, 2), pixel_from_base, present]
+        self.see(images, pixel_from_base, present)
         if self.side is not None:
-            assert pose is not None and spread is not None and latent is not None and evidence is not None
-            given += [
-                pose,
-                spread,
-                torch.from_numpy(latent)[None],
-                torch.from_numpy(evidence.view(np.int16))[None, None],
-            ]
-        for host, values in zip(self._host, given, strict=True):
+            assert latent is not None and evidence is not None
+            known, weight = self.window
+            known[...], weight[...] = latent, evidence
+        return self.answer(pose, spread)
+
+    def _encode(self) -> None:
+        bev = self._encoding.run()
+        if bev is not self._bev:  # it was not recorded
+            self._bev.copy_(bev)
+
+    def _upload(self, given: Sequence[Tensor], where: slice) -> None:
+        """Bring inputs to the device: those given, and what others have put into the rest of them."""
+        for host, values in zip(self._host[where], given, strict=False):
             host.copy_(values)
-        if self._done is None:
-            return _answer([t for t in self.program.run()[1:] if t is not None])
-        for on_device, host in zip(self._on_device, self._host, strict=True):
-            on_device.copy_(host, non_blocking=True)
-        back = [t for t in self.program.run()[1:] if t is not None]
-        for answer, out in zip(self._answer, back, strict=True):
-            answer.copy_(out, non_blocking=True)
-        self._done.record(torch.cuda.current_stream(self.device))
-        self._done.synchronize()
-        return _answer(self._answer)
+        if self._done is not None:
+            for on_device, host in zip(self._on_device[where], self._host[where], strict=True):
+                on_device.copy_(host, non_blocking=True)
 
 
 def _answer(parts: Sequence[Tensor]) -> Answer:

@@ -123,13 +123,20 @@ class CityPrior:
                 f"cannot open the prior in {storage.name} ({error.strerror}): check the --prior folder"
             ) from error
 
-    def read(self, window: Window) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    def read(
+        self, window: Window, out: tuple[NDArray[np.int8], NDArray[np.uint16]] | None = None
+    ) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
         """Return copies of the latent [channels, rows, cols] and the evidence [rows, cols]; unknown cells are 0.
+
+        :param out: arrays to put them into; without it new arrays
 
         Raises :class:`NmpError` when a tile cannot be read from disk, or the window is out of range.
         """
-        latent = np.zeros((self.spec.channels, *window.shape), np.int8)
-        evidence = np.zeros(window.shape, np.uint16)
+        if out is None:
+            out = np.empty((self.spec.channels, *window.shape), np.int8), np.empty(window.shape, np.uint16)
+        latent, evidence = out
+        latent.fill(0)
+        evidence.fill(0)
         with self._guard:
             for block, tile in self._tiles_of(window):
                 rows, cols = block.in_window
