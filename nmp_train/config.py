@@ -128,7 +128,7 @@ class TrainConfig:
     checkpointing: bool = False
     """compute activations a second time in the backward pass instead of keeping them: less memory, a third slower"""
     compile: bool = False
-    """compile the network (torch.compile): minutes at the start, faster steps"""
+    """compile the blocks of the backbone (torch.compile): a minute at the start, faster steps"""
     checkpoint_every: int = 500
     """steps between two checkpoints to resume from"""
     prior_dropout: float = 0.25

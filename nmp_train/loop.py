@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 import math
@@ -26,7 +25,16 @@ from nmp_train.checkpoint import NAME, Checkpoint, check_same_run, save_checkpoi
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Source, augment
 from nmp_train.distributed import Ranks
-from nmp_train.step import POSE_DRAWS, Draws, TrainingStep, autocast, save_memory, used_parameters, without_statistics
+from nmp_train.step import (
+    POSE_DRAWS,
+    Draws,
+    TrainingStep,
+    autocast,
+    compile_blocks,
+    save_memory,
+    used_parameters,
+    without_statistics,
+)
 
 LOG_EVERY = 50
 """steps between two looks at the losses: each look makes a GPU wait"""
@@ -93,8 +101,10 @@ def train(
         log.info("going on at stage %d, step %d", progress.stage + 1, progress.step)
     progress.config = config.to_dict()
     ranks.batch_norms(network, device)
+    if config.compile:
+        compile_blocks(network)
     if config.checkpointing:
-        save_memory(network, compiled=config.compile)
+        save_memory(network)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())
@@ -257,8 +267,7 @@ class _Stage:
 
     def _leave_out_unused(self, batch: Batch) -> None:
         """Freeze the parameters that the loss of this stage does not depend on."""
-        # A step of its own, because a compiled one does not tell.
-        probe = TrainingStep(self.network, dataclasses.replace(self.config, compile=False), self.stage).train()
+        probe = TrainingStep(self.network, self.config, self.stage).train()
         with autocast(self.config, self.device), without_statistics(self.network):
             used = used_parameters(probe(batch, self._draws(batch))["loss"])
         for parameter in self.network.parameters():

@@ -23,7 +23,7 @@ def score_groups(network: BEVNetwork, source: Source, config: TrainConfig) -> Sc
     :return: IoU in percent by system (``no prior``, ``with prior``), by part of the set (``all``, weather, ...), by
         class
     """
-    exact = dataclasses.replace(config, prior_dropout=1.0, position_noise_m=0.0, yaw_noise_rad=0.0, compile=False)
+    exact = dataclasses.replace(config, prior_dropout=1.0, position_noise_m=0.0, yaw_noise_rad=0.0)
     stage = max(config.stages, key=lambda s: s.group)
     step = TrainingStep(network, exact, stage).eval()
     device = network.mean.device

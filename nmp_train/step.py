@@ -94,13 +94,9 @@ class TrainingStep(nn.Module):
         reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
         self.window = 2 * math.ceil(reach / net.prior_cell)
         """edge of the window, in cells"""
-        compiled: Callable[[Any], Any] = torch.compile if config.compile else lambda function: function
-        # Nothing compiled may compute a part of itself again: there the parts are compiled, see save_memory.
-        self._encode: Callable[..., Tensor] = network.encode if config.checkpointing else compiled(network.encode)
-        self._alone: Callable[..., Output] = compiled(network.alone)
-        self._step: Callable[..., tuple[Output, Memory]] = compiled(network.step)
+        self._step: Callable[..., tuple[Output, Memory]] = network.step
         if config.checkpointing:
-            self._step = functools.partial(recomputed, network, self._step)
+            self._step = functools.partial(recomputed, network, network.step)
 
     def train(self, mode: bool = True) -> TrainingStep:
         """Switch to training; frozen parts stay as they are, the statistics of their batch norms included."""
@@ -116,12 +112,12 @@ class TrainingStep(nn.Module):
         """
         if self.stage.alignment_only and draws is not None:
             return self._search(batch, draws)
-        bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
+        bev = self.network.encode(batch.images, batch.pixel_from_base, batch.present)
         if draws is None:
-            return self._judge(self._alone(bev), batch.truth, batch.instance, batch.direction)
+            return self._judge(self.network.alone(bev), batch.truth, batch.instance, batch.direction)
         b, t = batch.pose.shape[:2]
         frames = bev.unflatten(0, (b, t))
-        alone = self._alone(_chosen(frames, draws.alone))
+        alone = self.network.alone(_chosen(frames, draws.alone))
         outputs, searched = self._drive(frames, batch, draws)
         truths = (batch.truth, batch.instance, batch.direction)
         logits = _joined([o.logits for o in outputs], alone.logits)
@@ -146,7 +142,7 @@ class TrainingStep(nn.Module):
         aligner = fusion.aligner
         assert aligner is not None
         with torch.no_grad():
-            bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
+            bev = self.network.encode(batch.images, batch.pixel_from_base, batch.present)
         frames, true, drive = (
             v.repeat_interleave(POSE_DRAWS, dim=0)
             for v in (bev.unflatten(0, batch.pose.shape[:2]), batch.pose, batch.drive)
@@ -171,8 +167,8 @@ class TrainingStep(nn.Module):
 
     def answers(self, batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
         """Return the logits [F, 3, rows, cols] of every frame on its own, and with the earlier frames of its group."""
-        bev = self._encode(batch.images, batch.pixel_from_base, batch.present)
-        out = {"no prior": self._alone(bev).logits}
+        bev = self.network.encode(batch.images, batch.pixel_from_base, batch.present)
+        out = {"no prior": self.network.alone(bev).logits}
         if draws is not None:
             outputs, _ = self._drive(bev.unflatten(0, batch.pose.shape[:2]), batch, draws)
             out["with prior"] = torch.stack([o.logits for o in outputs], dim=1).flatten(0, 1)
@@ -348,21 +344,31 @@ def without_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def save_memory(network: BEVNetwork, *, compiled: bool = False) -> None:
-    """Have the blocks of the backbone, and what else can, computed twice instead of kept.
-
-    :param compiled: compile these blocks
-    """
+def save_memory(network: BEVNetwork) -> None:
+    """Have the blocks of the backbone, and what else can, computed twice instead of kept."""
     for module in network.modules():
         if hasattr(module, "checkpoint"):
             setattr(module, "checkpoint", True)  # noqa: B010 (for mypy any attribute is a tensor or module)
-    if compiled:
-        from torch import _dynamo as dynamo  # takes a second, and few compile
+    for block in _blocks(network):
+        block.forward = functools.partial(recomputed, block, block.forward)
 
-        # All blocks have the same code: every shape of them counts as compiled anew, and twice where statistics are
-        # taken once. What is beyond the limit would not be compiled.
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES_OF_BLOCKS)
+
+def compile_blocks(network: BEVNetwork) -> None:
+    """Compile the blocks of the backbone; to be called before :func:`save_memory`.
+
+    Not the whole network: what torch 2.13 makes of the BEV encoder has wrong gradients (its bilinear interpolation on a
+    CPU; off by more than their size, without a warning), and a part with batch norms that runs several times before
+    the backward pass cannot be compiled at all.
+    """
+    from torch import _dynamo as dynamo  # takes a second, and few compile
+
+    # All blocks have the same code: every shape of them counts as compiled anew, and twice where statistics are taken
+    # once. What is beyond the limit would not be compiled.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES_OF_BLOCKS)
+    for block in _blocks(network):
+        block.forward = torch.compile(block.forward)
+
+
+def _blocks(network: BEVNetwork) -> Iterator[nn.Module]:
     for index in range(network.backbone.stages):
-        for block in network.backbone.get_submodule(f"layer{index + 1}").children():
-            forward = torch.compile(block.forward) if compiled else block.forward
-            block.forward = functools.partial(recomputed, block, forward)
+        yield from network.backbone.get_submodule(f"layer{index + 1}").children()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import socket
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from nmp_train.config import StageConfig, TrainConfig, load_config
 from nmp_train.distributed import CpuSyncBatchNorm, Ranks, convert
 from nmp_train.fit import _start, fit
 from nmp_train.loop import train
-from nmp_train.step import Draws, TrainingStep, recomputed, save_memory, used_parameters
+from nmp_train.step import Draws, TrainingStep, compile_blocks, recomputed, save_memory, used_parameters
 from nmp_train.world import make_world
 
 CONFIGS = Path(__file__).parents[1] / "nmp_train" / "configs"
@@ -207,27 +208,28 @@ def test_weights_without_the_search_begin_a_run_with_it(tmp_path: Path) -> None:
         _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, neck_channels=4)))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputing_changes_nothing_but_memory(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if compiled:  # by what needs no C compiler: what is compiled is the same
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+def test_recomputing_and_compiling_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # by a compiler that needs no other one installed, and derives the backward pass as the usual one does
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = tiny_config()
     source = ColouredSource(config)
     batch = source.batch(next(iter(source.loader(config.stages[0], seed=1, length=2))))
     draws = Draws.of(batch.seeds.tolist(), 3, config, CPU)
     found: list[dict[str, Tensor]] = []
-    for checkpointing in (False, True):
+    for compiled, checkpointing in itertools.product((False, True), repeat=2):
         network = tiny_network()
+        if compiled:
+            compile_blocks(network)
         if checkpointing:
-            save_memory(network, compiled=compiled)
-        asked = replace(config, checkpointing=checkpointing, compile=compiled)
-        step = TrainingStep(network, asked, config.stages[0]).train()
+            save_memory(network)
+        step = TrainingStep(network, replace(config, checkpointing=checkpointing), config.stages[0]).train()
         step(batch, draws)["loss"].backward()
         grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         found.append(grads | {n: b for n, b in network.named_buffers() if "running" in n})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 50
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, msg=name)
+    for other in found[1:]:
+        assert found[0].keys() == other.keys() and len(found[0]) > 50
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, msg=name, atol=1e-5, rtol=1e-4)
 
 
 def test_recomputed_values_are_not_kept() -> None:
