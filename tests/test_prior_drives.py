@@ -23,9 +23,11 @@ from nmp import cli
 from nmp.errors import NmpError
 from nmp.prior import CityPrior, PriorSpec, Window, upkeep
 from nmp.prior import ledger as books
-from nmp.prior.cells import Cells, fold
+from nmp.prior.cells import FIELD_PLANES, Cells, fold, to_planes
 from nmp.prior.coding import Coding, pack
+from nmp.prior.drive import Tile, open_planes
 from nmp.prior.ledger import Ledger
+from nmp.prior.record import checked
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import TILE
 from nmp.prior.tileset import TileSet
@@ -245,6 +247,43 @@ def test_a_drive_that_is_half_gone_after_its_commit_counts_once(
     CityPrior.open(there, CITY, SPEC).close()
     assert [record.id for record in ledger(there).drives()] == [committed] and same(content(there), before)
     assert not Storage(f"{there}/{CITY}/open").keys()
+
+
+def test_a_crashed_drive_of_an_earlier_version_is_committed(tmp_path: Path) -> None:
+    """Its tiles hold sums of weight x latent, three bytes each, where now they hold what was there before it."""
+    spec = PriorSpec(5, 0.3, "abc123", evidence_cap=4096)
+    drive(tmp_path, 1, spec, day=0)
+    prior = CityPrior.open(tmp_path, CITY, spec, flush_interval_s=1e6)
+    latent, evidence = prior.read(AREA)
+    rng = np.random.default_rng(2)
+    new = rng.integers(-127, 128, latent.shape).astype(np.int8)
+    prior.write(AREA, new, evidence + rng.integers(0, 300, evidence.shape).astype(np.uint16), 20_000 * DAY)
+    prior.flush()
+    shutil.copytree(tmp_path / CITY, tmp_path / "old" / CITY)
+    prior.close()
+
+    room = next((tmp_path / "old" / CITY / "open").iterdir())
+    session = json.loads((room / "session.json").read_text())
+    (room / "session.json").write_bytes(checked({k: session[k] for k in ("vehicle", "first_ns")}))
+    storage = Storage(room / "tiles")
+    now = TileSet(storage, open_planes(spec), level=1)
+    tiles = {key: Tile.unpack(planes, spec) for key, planes in now.load(now.keys(), lambda *_: None).items()}
+    assert any(tile.before is not None for tile in tiles.values())
+    shutil.rmtree(room / "tiles")
+    TileSet(storage, 4 * spec.channels + FIELD_PLANES + 3, level=1).save({k: _format_1(t) for k, t in tiles.items()})
+
+    CityPrior.open(tmp_path / "old", CITY, spec).close()
+    assert same(content(tmp_path / "old", spec), content(tmp_path, spec))
+    assert [r.id for r in ledger(tmp_path / "old").drives()] == [r.id for r in ledger(tmp_path).drives()]
+
+
+def _format_1(tile: Tile) -> NDArray[np.uint8]:
+    cells, before = tile.cells, tile.before or Cells(len(tile.cells.latent))
+    assert tile.touched is not None and (before.evidence == 0).all() or (tile.kept == 1).all()
+    sums = cells.latent.astype(np.int32) * cells.evidence - before.latent.astype(np.int32) * before.evidence
+    planes = np.moveaxis(sums.astype("<i4").view(np.uint8).reshape(-1, TILE, TILE, 4)[..., :3], -1, 0)
+    weight = to_planes(tile.weight.astype("<u2"))
+    return np.concatenate([cells.pack(), tile.touched[None].view(np.uint8), weight, *planes])
 
 
 def test_a_crashed_drive_without_any_intact_tile_adds_nothing(tmp_path: Path) -> None:

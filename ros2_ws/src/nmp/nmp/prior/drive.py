@@ -16,7 +16,7 @@ from nmp.prior.cells import FIELD_PLANES, Cells, from_planes, on_grid, to_planes
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
-from nmp.prior.tiles import TILE, Key, box_of, part_of
+from nmp.prior.tiles import TILE, Key
 from nmp.prior.tileset import Planes, TileSet
 from nmp.prior.window import PriorSpec
 
@@ -31,19 +31,20 @@ _LEASE_S = 900.0
 """where there are no locks (s3://, ...), a drive that was not saved for so long is over, s"""
 _ATTEMPTS = 20
 """to lock the folder of a new drive"""
-_ONE_THREAD = 32768
-"""elements from which torch spreads an operation over threads"""
+_FORMAT = 2
+"""of the tiles of a drive that is under way"""
 _WEIGHT_PLANES = 2
-_SUM_PLANES = 3
-"""a sum of 65535 x -128 still fits into three bytes"""
+_BEFORE_PLANES = 6
+"""share that is left (4) and evidence (2); the latents come after them"""
 
 
 class Tile:
     """A tile in memory: the state of its cells, and what the own drive has added to them.
 
-    A frame adds ``latent x evidence`` of the cell after it minus that before it. Over the frames of a drive these
-    differences add up to that of its last state and its first, and nothing has to be added up per frame; only what
-    the cap cuts off the evidence between two frames is kept apart (``carry``).
+    A state holds evidence E and latents l, together the sum S = E l. A frame of weight w adds w times what it saw;
+    where that brings E above the cap, S loses the same share as E. So S is the sum of what was there before the drive,
+    times the share ``kept`` that is left of it, and of what the drive saw, where later looks count more once the cap
+    is reached: the drive's own part is S - kept S_before. While frames are stored no channel needs to be added up.
     """
 
     def __init__(self, cells: Cells, spec: PriorSpec) -> None:
@@ -53,19 +54,18 @@ class Tile:
         self.touched: NDArray[np.bool_] | None = None
         """[64, 64] cells that the own drive saw; None: none"""
         self.weight: NDArray[np.float32] = np.empty(0, np.float32)
-        """[64, 64] sum of the weights of its frames"""
+        """[64, 64] sum of the weights of its frames, up to 65535"""
         self.before: Cells | None = None
         """the cells before the own drive; None: empty"""
-        self.carry: NDArray[np.int32] | None = None
-        """[channels, 64, 64] sum of weight x latent beyond what the states before and now tell; None: zero"""
+        self.kept: NDArray[np.float32] = np.empty(0, np.float32)
+        """[64, 64] share of these that is left; where there are any"""
         self.edits = 0
         """counts the changes, to tell whether a tile changed while it was being saved"""
 
     @property
     def nbytes(self) -> int:
-        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes
-        own += 0 if self.before is None else self.before.nbytes
-        return self.cells.nbytes + own + (0 if self.carry is None else self.carry.nbytes)
+        own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes + self.kept.nbytes
+        return self.cells.nbytes + own + (0 if self.before is None else self.before.nbytes)
 
     def begin(self) -> None:
         """Make room for what the own drive adds."""
@@ -73,7 +73,8 @@ class Tile:
             self.touched = np.zeros((TILE, TILE), bool)
             if self.spec.merge == "sum":
                 self.weight = np.zeros((TILE, TILE), np.float32)
-                self.before = self.cells.copy() if self.cells.evidence.any() else None
+                if self.cells.evidence.any():
+                    self.before, self.kept = self.cells.copy(), np.ones((TILE, TILE), np.float32)
 
     def store(
         self,
@@ -97,7 +98,7 @@ class Tile:
         if self.spec.merge == "sum":
             new = evidence > cells.evidence[where]
             new &= changed
-            self._add(where, latent, evidence, stored, new)
+            self._add(where, evidence, stored, new)
         if new.all():
             old[...] = latent
         else:
@@ -116,51 +117,19 @@ class Tile:
     def _add(
         self,
         where: tuple[slice, slice],
-        latent: NDArray[np.int8],
         evidence: NDArray[np.uint16],
         stored: NDArray[np.uint16],
         new: NDArray[np.bool_],
     ) -> None:
-        """Count the weight of a frame in the cells ``new``, which are about to hold ``latent`` and ``stored``."""
-        old = self.cells.evidence[where]
-        added = evidence - old
+        """Count the weight of a frame in the cells ``new``, which are about to hold ``stored``."""
+        added = evidence - self.cells.evidence[where]
         added *= new
         weight = self.weight[where]
         weight += added
-        if weight.max() > 65535:  # what 16 bits count; beyond, take back what the states before and after tell
-            over = weight > 65535
-            weight -= added * over
-            self._carry(where, self.cells.latent[:, where[0], where[1]], np.where(over, old, 0))
-            self._carry(where, latent, -np.where(over, stored, 0).astype(np.int32))
-            new = new & ~over
-        if evidence.max() > self.spec.evidence_cap:
-            self._carry(where, latent, (evidence - stored) * new)
-
-    def _carry(self, where: tuple[slice, slice], latent: NDArray[np.int8], factor: NDArray[np.integer]) -> None:
-        # twice as fast as numpy; imported here because the commands of a prior need none of it
-        import torch
-
-        box = box_of(factor != 0)
-        if box is None:
-            return
-        if self.carry is None:
-            self.carry = np.zeros((self.spec.channels, TILE, TILE), np.int32)
-        times = torch.from_numpy(factor[box].astype(np.int32))
-        carry = torch.from_numpy(self.carry[:, *part_of(where, box)])
-        values = torch.from_numpy(latent[:, *box])
-        # in pieces that torch leaves to one thread: it would wait for others that the network keeps busy
-        step = max(1, (_ONE_THREAD - 1) // times.numel())
-        for sums, part in zip(carry.split(step), values.split(step), strict=True):
-            sums.addcmul_(part.int(), times)
-
-    def sums(self) -> NDArray[np.int32]:
-        """Return the sum [channels, 64, 64] of weight x latent over the frames of the own drive."""
-        total: NDArray[np.int32] = np.multiply(self.cells.latent, self.cells.evidence, dtype=np.int32)
-        if self.before is not None:
-            total -= np.multiply(self.before.latent, self.before.evidence, dtype=np.int32)
-        if self.carry is not None:
-            total += self.carry
-        return total
+        np.minimum(weight, 65535, out=weight)  # what 16 bits count
+        if self.before is not None and evidence.max() > self.spec.evidence_cap:
+            left = np.divide(stored, np.maximum(evidence, 1), dtype=np.float32)
+            np.multiply(self.kept[where], left, out=self.kept[where], where=new)
 
     def contribution(self) -> Cells:
         """Return what the own drive adds to the city, as it is committed."""
@@ -169,14 +138,18 @@ class Tile:
             return own
         own.last_seen_s[...] = self.cells.last_seen_s * self.touched
         own.traversals[...] = self.touched
+        latent = self.cells.latent
         if self.spec.merge == "latest":
             own.evidence[...] = self.cells.evidence * self.touched
-            latent = self.cells.latent
         else:
             own.evidence[...] = self.weight
-            # both are whole numbers below 2^24, which float32 holds exactly
-            mean = (self.sums().astype(np.float32) / np.maximum(self.weight, 1)).clip(-128, 127)
-            latent = np.rint(mean, out=mean).astype(np.int8)
+            if self.before is not None:
+                # Every step is rounded once, in the same way wherever a drive is committed.
+                left = self.kept * self.before.evidence
+                sums = latent.astype(np.float32) * self.cells.evidence
+                sums -= self.before.latent * left
+                sums /= np.maximum(self.cells.evidence - left, 1)
+                latent = np.rint(sums, out=sums).clip(-128, 127).astype(np.int8)
         own.latent[...] = on_grid(latent, self.spec.bits)
         own.latent *= own.evidence > 0
         return own
@@ -185,18 +158,26 @@ class Tile:
         """Return what :meth:`pack` needs, which later changes leave as it is."""
         tile = Tile(self.cells.copy(), self.spec)
         assert self.touched is not None
-        tile.touched, tile.weight, tile.before = self.touched.copy(), self.weight.copy(), self.before
-        tile.carry = None if self.carry is None else self.carry.copy()
+        tile.touched, tile.weight = self.touched.copy(), self.weight.copy()
+        tile.before, tile.kept = self.before, self.kept.copy()
         return tile
 
     def pack(self) -> Planes:
-        """Return a tile as it is saved while the drive goes on: cells, touched, and with sums weight and sums."""
+        """Return a tile as it is saved while the drive goes on: all that it holds.
+
+        Planes of the cells and of ``touched``, with sums also those of ``weight``, of ``kept``, and latent and evidence
+        from before the drive.
+        """
         assert self.touched is not None
         parts = [self.cells.pack(), self.touched[None].view(np.uint8)]
         if self.spec.merge == "sum":
             parts.append(to_planes(self.weight.astype("<u2")))
-            sums = self.sums().astype("<i4", copy=False).view(np.uint8).reshape(-1, TILE, TILE, 4)
-            parts.extend(np.moveaxis(sums[..., :_SUM_PLANES], -1, 0))
+            if self.before is None:
+                parts.append(np.zeros((_BEFORE_PLANES + self.spec.channels, TILE, TILE), np.uint8))
+            else:
+                parts.append(to_planes(self.kept.astype("<f4", copy=False)))
+                parts.append(to_planes(self.before.evidence.astype("<u2", copy=False)))
+                parts.append(self.before.latent.view(np.uint8))
         return np.concatenate(parts)
 
     @classmethod
@@ -204,21 +185,36 @@ class Tile:
         """Return the tile that :meth:`pack` wrote."""
         end = spec.channels + FIELD_PLANES
         tile = cls(Cells.unpack(planes[:end]), spec)
-        tile.begin()
         tile.touched = planes[end].view(np.bool_).copy()
         if spec.merge == "sum":
-            tile.weight = from_planes(planes[end + 1 : end + 3], "<u2").astype(np.float32)
-            sums = np.zeros((spec.channels, TILE, TILE, 4), np.uint8)
-            # into the upper bytes, and back by a shift that keeps the sign
-            sums[..., 1:] = np.moveaxis(planes[end + 3 :].reshape(_SUM_PLANES, -1, TILE, TILE), 0, -1)
-            # what was before the drive is not saved: from here on its states are compared to those of now
-            tile.carry = sums.view("<i4")[..., 0] >> 8
+            weight, kept, evidence, latent = np.split(planes[end + 1 :], (2, 6, 8))
+            tile.weight = from_planes(weight, "<u2").astype(np.float32)
+            if evidence.any():
+                tile.before = Cells(spec.channels)
+                tile.before.evidence[...] = from_planes(evidence, "<u2")
+                tile.before.latent[...] = latent.view(np.int8)
+                tile.kept = from_planes(kept, "<f4").astype(np.float32)
         return tile
 
 
 def open_planes(spec: PriorSpec) -> int:
     """Return how many byte planes a tile has in the drive that is under way."""
-    return spec.channels + FIELD_PLANES + 1 + (spec.merge == "sum") * (_WEIGHT_PLANES + _SUM_PLANES * spec.channels)
+    own = _WEIGHT_PLANES + _BEFORE_PLANES + spec.channels if spec.merge == "sum" else 0
+    return spec.channels + FIELD_PLANES + 1 + own
+
+
+def _summed(planes: Planes, spec: PriorSpec) -> Tile:
+    """Return a tile as it was saved in format 1: sums of weight x latent, of three bytes, in place of ``before``."""
+    end = spec.channels + FIELD_PLANES
+    tile = Tile(Cells.unpack(planes[:end]), spec)
+    tile.touched = planes[end].view(np.bool_).copy()
+    tile.weight = from_planes(planes[end + 1 : end + 3], "<u2").astype(np.float32)
+    sums = np.zeros((spec.channels, TILE, TILE, 4), np.uint8)
+    # into the upper bytes, and back by a shift that keeps the sign
+    sums[..., 1:] = np.moveaxis(planes[end + 3 :].reshape(3, -1, TILE, TILE), 0, -1)
+    mean = (sums.view("<i4")[..., 0] >> 8) / np.maximum(tile.weight, 1)
+    tile.cells.latent[...] = np.rint(mean).clip(-128, 127)
+    return tile
 
 
 class OpenDrive:
@@ -235,6 +231,7 @@ class OpenDrive:
         self._taken_over = False
         self.storage: Storage = ledger.storage.below(f"{WHOLE if whole else OPEN}/{name or uuid.uuid4().hex}")
         self._tiles = TileSet(self.storage.below("tiles"), open_planes(ledger.spec), level=1)
+        self._unpack = Tile.unpack
         self._lock: Lock | None = None
         self.saved: set[Key] = set()
         """tiles on disk"""
@@ -276,7 +273,7 @@ class OpenDrive:
         raise NmpError("other processes keep removing its folder: saving is tried again")
 
     def _describe(self) -> None:
-        content: dict[str, Any] = {"vehicle": self.vehicle, "first_ns": self.first_ns}
+        content: dict[str, Any] = {"format": _FORMAT, "vehicle": self.vehicle, "first_ns": self.first_ns}
         if self.storage.local is None:
             content["alive_s"] = time.time()
         self.storage.put(SESSION, checked(content))
@@ -292,7 +289,7 @@ class OpenDrive:
             self.ledger.tell(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
 
         wanted = [key for key in keys if key in self.saved]
-        return {key: Tile.unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}
+        return {key: self._unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}
 
     def commit(self, recording: str = "") -> Record | None:
         """Make what was saved a part of the city for good; None when that is nothing. The drive is over then.
@@ -390,6 +387,10 @@ class OpenDrive:
                 lock.release()
                 return False
             self.vehicle, self.first_ns = str(values["vehicle"]), int(values["first_ns"])
+            if values.get("format", 1) == 1 and self.ledger.spec.merge == "sum":
+                planes = 4 * self.ledger.spec.channels + FIELD_PLANES + 3
+                self._tiles = TileSet(self.storage.below("tiles"), planes, level=1)
+                self._unpack = _summed
         except (ValueError, KeyError, TypeError) as error:
             if raw is not None:
                 self.ledger.tell(f"{self.storage.name}/{SESSION}", f"is damaged ({error}): the vehicle is unknown")
