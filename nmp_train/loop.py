@@ -162,6 +162,11 @@ class _Stage:
                 f"{self.stage.group} images of {net.input_width} x {net.input_height} on {self.ranks.ranks} GPUs): "
                 f"lower {self.name}.batch or network.input_width and input_height, or set checkpointing=true"
             ) from error
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            first = str(error).strip().split("\n")[0]
+            raise NmpError(f"torch.compile failed ({first}): set compile=false, or install a C compiler") from error
         return self._summary()
 
     def _run(self, checkpoint: Checkpoint | None) -> None:

@@ -318,6 +318,16 @@ def test_too_little_memory_names_the_settings(tmp_path: Path, monkeypatch: pytes
         train(tiny_network(), ColouredSource(config), config, tmp_path, device=CPU)
 
 
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(*_: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    config = tiny_config(compile=True)
+    with pytest.raises(NmpError, match=r"torch.compile failed \(.*no C compiler.*compile=false"):
+        train(tiny_network(), ColouredSource(config), config, tmp_path, device=CPU)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_norm_over_processes_is_torchs_own(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one process there is nothing to add up, and the result is that of torch.nn.BatchNorm2d."""
