@@ -165,8 +165,8 @@ class _Stage:
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            first = str(error).strip().split("\n")[0]
-            raise NmpError(f"torch.compile failed ({first}): set compile=false, or install a C compiler") from error
+            why = " ".join(str(error).split())[:200]
+            raise NmpError(f"torch.compile failed ({why}): set compile=false, or install a C compiler") from error
         return self._summary()
 
     def _run(self, checkpoint: Checkpoint | None) -> None:

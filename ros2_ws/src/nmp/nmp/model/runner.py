@@ -216,8 +216,8 @@ class Program:
         except Exception as error:
             if not compiled:
                 raise
-            first = str(error).strip().split("\n")[0]
-            raise NmpError(f"torch.compile failed ({first}): run without compile, or install a C compiler") from error
+            why = " ".join(str(error).split())[:200]
+            raise NmpError(f"torch.compile failed ({why}): run without compile, or install a C compiler") from error
 
     @torch.no_grad()
     def _warm_up(self, device: torch.device) -> None:
