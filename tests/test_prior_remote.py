@@ -1,13 +1,16 @@
-"""A city behind a URL: TensorStore's S3 driver against a server on this machine."""
+"""A city behind a URL: TensorStore's drivers for S3 and Google's store against servers on this machine."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,22 +30,64 @@ AREA = Window(-40, -40, 120, 120)
 SECOND = 1_000_000_000
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of an empty bucket, with the variables that lead to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            patch.delenv(name, raising=False)
+        serve = _s3 if request.param == "s3" else _gcs
+        yield from serve(patch)
+
+
+def _s3(patch: pytest.MonkeyPatch) -> Iterator[str]:
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "eu-central-1")
-        for name in ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "HTTP_PROXY", "http_proxy"):
-            patch.delenv(name, raising=False)
-        client = boto3.client("s3", endpoint_url=address)
-        client.create_bucket(Bucket="fleet", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-        yield "s3://fleet"
+    patch.setenv("AWS_ENDPOINT_URL", address)
+    patch.setenv("AWS_ACCESS_KEY_ID", "test")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    patch.setenv("AWS_REGION", "eu-central-1")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        patch.delenv(name, raising=False)
+    client = boto3.client("s3", endpoint_url=address)
+    client.create_bucket(Bucket="fleet", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    yield "s3://fleet"
+    server.stop()
+
+
+def _gcs(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+    download = objects.download
+
+    # What TensorStore asks of Google's server, and this one does not know: names from one to another, the last bytes of
+    # a file, and with every file the number of its version.
+    def list_objects(request: Any, response: Any, storage: Any, *_: Any, **__: Any) -> None:
+        first, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
+        found, _ = storage.get_file_list(request.params["bucket_name"])
+        items = [item for item in found if first <= item["name"] and not (end and item["name"] >= end)]
+        response.json({"kind": "storage#objects", "prefixes": [], "items": items})
+
+    def get_bytes(request: Any, response: Any, storage: Any, *_: Any, **__: Any) -> None:
+        name, asked = (request.params["bucket_name"], request.params["object_id"]), request.get_header("range", "")
+        with contextlib.suppress(objects.NotFound, KeyError):
+            about = storage.get_file_obj(*name)
+            size, last = int(about["size"]), asked.removeprefix("bytes=-")
+            if last.isdecimal():
+                request.get_header = lambda *_: f"bytes={max(0, size - int(last))}-{size - 1}"
+            response["x-goog-generation"] = about["generation"]
+        download(request, response, storage)
+
+    patch.setattr(objects, "ls", list_objects)
+    patch.setattr(objects, "download", get_bytes)
+    patch.delitem(sys.modules, "gcp_storage_emulator.server", raising=False)  # it would hold the other one
+    server = importlib.import_module("gcp_storage_emulator.server").create_server(
+        "127.0.0.1", 0, in_memory=True, default_bucket="fleet"
+    )
+    server.start()
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server._api._httpd.server_address[1]}")
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "test")
+    yield "gs://fleet"
     server.stop()
 
 
