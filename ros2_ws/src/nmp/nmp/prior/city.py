@@ -58,7 +58,6 @@ class CityPrior:
         self._dirty_limit = limit // 2
         self._guard = threading.RLock()  # cache and list of tiles
         self._saving = threading.Lock()  # taken before the guard: an older copy must not overtake a newer one
-        self._error: NmpError | None = None
         self.unsaved = ""
         """why the last save failed; empty when everything was saved"""
         self._closed = False
@@ -197,9 +196,9 @@ class CityPrior:
         before any cap (the prior caps it), and ``latent`` the mean of both: what the drive adds to the city is
         derived from the difference. A cell whose evidence does not grow was seen, and stays as it is.
 
-        Raises :class:`NmpError` when an argument does not fit, or the prior is read-only. Also raised, once,
-        when saving failed since the last call: these cells are then stored in memory all the same, and saving is
-        tried again. Only when too much is unsaved for the memory limit is the call refused and nothing stored.
+        What cannot be saved stays in memory, and is tried again; :attr:`unsaved` tells of it. Raises :class:`NmpError`
+        when an argument does not fit, when the prior is read-only, and when so much is unsaved that the memory limit
+        is reached: nothing is stored then.
         """
         drive = self._check_writable()
         self._check_arrays(window, latent, evidence, changed)
@@ -225,9 +224,6 @@ class CityPrior:
                 tile.store(block.in_tile, *values)
                 self._cache.mark_dirty(block.key)
             self._cache.shrink()
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def extent(self) -> Window | None:
         """Return the block of cells that covers every tile which holds anything, or None for an empty prior."""
@@ -393,14 +389,13 @@ class CityPrior:
     # -- saving ---------------------------------------------------------------------------------------------
 
     def _save_regularly(self, interval_s: float) -> None:
-        """Save changed tiles until told to stop; an error waits for the next call that can report it."""
+        """Save changed tiles until told to stop; :attr:`unsaved` tells of errors."""
         while not self._stop.wait(interval_s):
             try:
                 error = self._save_dirty()
             except Exception as unexpected:  # the thread must outlive it: what it holds is in memory only
                 error = NmpError(f"cannot save the prior in {self._name} ({unexpected}): see the log")
                 _log.exception("saving the prior failed")
-            self._error = error
             if error is not None and str(error) != self.unsaved:
                 _log.error("%s", error)
             elif error is None and self.unsaved:
@@ -409,7 +404,6 @@ class CityPrior:
 
     def _save_or_raise(self) -> None:
         error = self._save_dirty()
-        self._error = None
         self.unsaved = str(error) if error else ""
         if error is not None:
             raise error

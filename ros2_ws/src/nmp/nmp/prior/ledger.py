@@ -22,7 +22,7 @@ from nmp.prior.coding import Coding
 from nmp.prior.record import Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import BATCH, SHARD, Planes, TileSet
+from nmp.prior.tileset import SHARD, Planes, TileSet, batches
 from nmp.prior.window import PriorSpec
 
 _log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class Ledger:
         """
         rows = [
             (*key, int((cells.last_seen_s > 0).sum()), cell_bytes.digest(planes))
-            for key, cells in _in_batches(sorted(keys), make)
+            for key, cells in _made(sorted(keys), make)
             # a coding leaves out what was hardly seen, which may be all of it
             if (planes := cell_bytes.encode(cells, self.spec)).any()
         ]
@@ -280,7 +280,7 @@ class Ledger:
             return record
         tiles = self.tiles_of(record)
         for batch in tiles.files((row, col) for row, col, *_ in rows):
-            made = _in_batches(batch, make)
+            made = _made(batch, make)
             save(tiles, {key: cell_bytes.encode(cells, self.spec) for key, cells in made})
         tiles.describe()
         tiles.storage.put(COPY, record.to_bytes())
@@ -308,9 +308,9 @@ class Ledger:
 MakeTiles = Callable[[list[Key]], dict[Key, Cells]]
 
 
-def _in_batches(keys: list[Key], make: MakeTiles) -> Iterator[tuple[Key, Cells]]:
-    for start in range(0, len(keys), BATCH):
-        yield from sorted(make(keys[start : start + BATCH]).items(), key=lambda item: item[0])
+def _made(keys: list[Key], make: MakeTiles) -> Iterator[tuple[Key, Cells]]:
+    for batch in batches(keys):
+        yield from sorted(make(batch).items(), key=lambda item: item[0])
 
 
 def save(tiles: TileSet, batch: dict[Key, Planes]) -> None:

@@ -25,6 +25,12 @@ BATCH = 16
 """tiles that are held in memory at a time while many are read or written, or as many as are in one file"""
 
 
+def batches(keys: list[Key]) -> Iterator[list[Key]]:
+    """Cut tiles into as many as are held in memory at a time."""
+    for start in range(0, len(keys), BATCH):
+        yield keys[start : start + BATCH]
+
+
 class TileSet:
     """Tiles of bytes [planes, 64, 64] below one folder.
 

@@ -38,7 +38,7 @@ from nmp.prior.ledger import (
 from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.tileset import BATCH, Planes, TileSet
+from nmp.prior.tileset import Planes, TileSet, batches
 from nmp.prior.window import PriorSpec
 
 Step = Callable[[int], object]
@@ -116,7 +116,7 @@ def difference(first: State, second: State, step: Step = _quiet) -> Difference:
     """Compare two states of one city, cell by cell."""
     tiles = added = removed = changed = evidence = 0
     distance = 0.0
-    for keys in _batches(sorted(first.keys() | second.keys())):
+    for keys in batches(sorted(first.keys() | second.keys())):
         before, after = first.load(keys), second.load(keys)
         for key in keys:
             a, b = (side.get(key) or Cells(first.ledger.spec.channels) for side in (before, after))
@@ -536,8 +536,3 @@ def _as_drive(cells: Cells, spec: PriorSpec) -> Cells:
     cells.latent[...] = on_grid(cells.latent, spec.bits)
     cells.latent *= cells.evidence > 0
     return cells
-
-
-def _batches(keys: list[Key]) -> Iterator[list[Key]]:
-    for start in range(0, len(keys), BATCH):
-        yield keys[start : start + BATCH]
