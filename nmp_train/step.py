@@ -139,8 +139,6 @@ class TrainingStep(nn.Module):
     def _search(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Return the loss of the alignment alone, over :data:`POSE_DRAWS` draws of pose errors for every group."""
         fusion = self.network.fusion
-        aligner = fusion.aligner
-        assert aligner is not None
         with torch.no_grad():
             bev = self.network.encode(batch.images, batch.pixel_from_base, batch.present)
         frames, true, drive = (
@@ -154,9 +152,9 @@ class TrainingStep(nn.Module):
             frame = frames[:, now]
             with torch.no_grad():
                 cells = fusion.opened(memory)
-                latent, evidence = fusion.read(cells, pose[:, now], origin)
             with torch.set_grad_enabled(torch.is_grad_enabled() and now > 0):
-                found = aligner(frame, latent, evidence, draws.spread)
+                found = fusion.locate(frame, cells, pose[:, now], origin, draws.spread)
+            assert found is not None
             if now:
                 errors.append(self._alignment(found, true, pose[:, now], used, draws.repeat, now))
             with torch.no_grad():

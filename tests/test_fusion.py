@@ -10,7 +10,7 @@ from torch.nn import functional
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
 from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner
-from nmp.model.fusion.correlate import correlate
+from nmp.model.fusion.correlate import COARSE, correlate
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
 SMALL = NetworkConfig(
@@ -21,7 +21,8 @@ SMALL = NetworkConfig(
 def _network(config: NetworkConfig = SMALL) -> BEVNetwork:
     torch.manual_seed(0)
     network = BEVNetwork(config).eval()
-    torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.1)  # an open door for the prior
+    for door in (network.fusion.prior_out, network.fusion.beyond):
+        torch.nn.init.normal_(door.weight, std=0.1)  # open for the prior
     return network
 
 
@@ -39,6 +40,20 @@ def test_an_empty_prior_changes_nothing(search: bool) -> None:
         np.testing.assert_array_equal(alone.numpy(), first.logits.numpy())
         second, _ = network.step(bev, memory, pose, origin)
         assert (second.logits - alone).abs().max() > 0
+
+
+def test_what_is_known_tells_of_the_cells_beside_it() -> None:
+    network = _network()
+    rows, cols = SMALL.feature_grid.shape
+    bev = torch.randn(1, 16, rows, cols)
+    behind = torch.zeros(1, 1, rows, cols)
+    behind[..., : cols // 2] = 3.0
+    with torch.inference_mode():
+        changes = [
+            (network.fusion.fuse(bev, torch.full((1, 4, rows, cols), value) * (behind > 0), behind) - bev)[..., 115:]
+            for value in (-0.5, 0.5)
+        ]
+    assert (changes[0] - changes[1]).abs().max() > 1e-4  # 4.5 m and more beyond the last cell that is known
 
 
 def test_a_frame_that_counts_twice_is_a_frame_seen_twice() -> None:
@@ -123,7 +138,7 @@ def test_the_pose_is_corrected_towards_what_is_stored() -> None:
     origin = torch.zeros(1, 2)
     true = torch.tensor([[45.0, 44.0, 0.6]])
     bev = fusion.map_to_ego(window, true, grid, origin, 0.3)
-    ones = torch.full((1, 1, *grid.shape), 8.0)
+    ones = torch.full((1, 1, *(n // COARSE for n in grid.shape)), 8.0)
     for offset in ([0.0, 0.0, 0.0], [1.2, -0.6, 0.0], [-1.9, 1.4, 0.04], [0.3, 0.2, -0.06]):
         motion = torch.tensor([offset])
         # the given pose, from which this motion leads to the true one
@@ -134,7 +149,7 @@ def test_the_pose_is_corrected_towards_what_is_stored() -> None:
         given = torch.stack([x, y, yaw], dim=1)
         torch.testing.assert_close(fusion.moved(given, motion), true)
         with torch.inference_mode():
-            found = aligner(bev, fusion.map_to_ego(window, given, grid, origin, 0.3), ones)
+            found = aligner(bev, fusion.map_to_ego(window, given, grid, origin, 0.3, square=COARSE), ones)
         assert (found.offset - motion)[0, :2].abs().max() < 0.31, offset
         assert (found.offset - motion)[0, 2].abs() < 0.015, offset
         assert found.spread.max() < 0.5
@@ -149,8 +164,9 @@ def test_the_better_a_pose_is_known_the_less_it_is_corrected() -> None:
     stored = functional.interpolate(torch.randn(1, 8, 20, 40), (100, 200), mode="bicubic")
     aligner = Aligner(grid, 8, 8)
     _compare_as_it_is(aligner)
-    ones = torch.full((1, 1, *grid.shape), 8.0)
     seen = stored.roll(-4, dims=3)  # the car is 1.2 m ahead of where its pose has it
+    stored = functional.avg_pool2d(stored, COARSE)
+    ones = torch.full((1, 1, *stored.shape[2:]), 8.0)
     with torch.inference_mode():
         aligner.scale.fill_(-3.0)
         found = [float(aligner(seen, stored, ones, torch.tensor([[s, s / 20]])).offset[0, 0]) for s in (0.0, 0.3, 2.0)]
@@ -163,7 +179,7 @@ def test_without_anything_stored_the_pose_stays() -> None:
     torch.manual_seed(4)
     aligner = Aligner(BevGrid(resolution=0.3), 8, 4)
     with torch.inference_mode():
-        found = aligner(torch.randn(1, 8, 100, 200), torch.zeros(1, 4, 100, 200), torch.zeros(1, 1, 100, 200))
+        found = aligner(torch.randn(1, 8, 100, 200), torch.zeros(1, 4, 50, 100), torch.zeros(1, 1, 50, 100))
     assert found.offset.abs().max() < 1e-4
     assert found.spread[0, 0] > 0.8  # and nobody claims to know it
 

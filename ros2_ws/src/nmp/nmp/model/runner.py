@@ -447,7 +447,7 @@ def read_quantized(latent: Tensor, evidence: Tensor) -> fusion.Memory:
     """
     # torch computes little in uint16
     counts = evidence.int() & 0xFFFF
-    return fusion.Memory(latent.float() / fusion.LATENT_SCALE, counts.float() / fusion.EVIDENCE_SCALE)
+    return fusion.Memory(latent / fusion.LATENT_SCALE, counts / fusion.EVIDENCE_SCALE)
 
 
 def quantize(memory: fusion.Memory) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from nmp.model.config import NetworkConfig
 from nmp.model.network import BEVNetwork
 
 FORMAT = "nmp-weights"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SHIPPED = Path(__file__).parent.parent / "weights"
 DEFAULT_WEIGHTS = SHIPPED / "cpu_default.safetensors"
 

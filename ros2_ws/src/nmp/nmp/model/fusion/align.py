@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from nmp.frame import UNSTATED_STD
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
+from nmp.model.fusion.correlate import COARSE, FEATURES, centres_of, correlate, features_of
 from nmp.model.sampling import sample
 
 SHIFTS = 6
-"""shifts tried to either side along each axis, in steps of two BEV cells"""
+"""shifts tried to either side along each axis, in steps of :data:`COARSE` BEV cells"""
 TURNS = 5
 """turns tried to either side"""
 TURN_RAD = math.radians(1.25)
@@ -49,7 +49,7 @@ class Aligner(nn.Module):
 
     def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
         super().__init__()
-        self.step_m = 2 * grid.resolution
+        self.step_m = COARSE * grid.resolution
         self.seen = features_of(channels)
         self.stored = features_of(prior_channels)
         self.scale = nn.Parameter(torch.tensor(-2.0))
@@ -79,15 +79,14 @@ class Aligner(nn.Module):
         """Score every motion.
 
         :param bev: [B, C, rows, cols] features of this frame
-        :param latent: [B, D, rows, cols] stored latents as the given pose places them in the ego frame
-        :param evidence: [B, 1, rows, cols] theirs
+        :param latent: [B, D, rows / 2, cols / 2] stored latents as the given pose places them in the ego frame
+        :param evidence: [B, 1, rows / 2, cols / 2] theirs
         :param spread: [B, 2] standard deviations of position (m) and heading (rad) of the given pose, None for unknown:
             how likely every motion is before anything is compared
         """
         b, turns = bev.shape[0], len(self.where)
-        trust = functional.avg_pool2d((evidence / (evidence + 1)).float(), 2)
-        seen = self.seen(functional.avg_pool2d(bev, 2)).float()
-        stored = self.stored(functional.avg_pool2d(latent.to(bev.dtype), 2)).float() * trust
+        seen = self.seen(functional.avg_pool2d(bev, COARSE)).float()
+        stored = self.stored(latent.to(bev.dtype)).float() * (evidence / (evidence + 1)).float()
         # Not in bfloat16: its places would be off by a cell, and its spreads by more than they are.
         with torch.autocast(bev.device.type, enabled=False):
             # Stored cells under each turn: what a cell at x would be if the car were turned.

@@ -12,6 +12,8 @@ from nmp.geometry import BevGrid
 
 FEATURES = 8
 """channels that are compared"""
+COARSE = 2
+"""rows and columns of BEV cells that are compared as one"""
 
 
 def features_of(channels: int) -> nn.Sequential:
@@ -20,12 +22,12 @@ def features_of(channels: int) -> nn.Sequential:
 
 
 def centres_of(grid: BevGrid) -> tuple[Tensor, Tensor]:
-    """Return the middles (m) of the cells of a grid [rows, cols, 2], and of squares of four [rows / 2, cols / 2, 2].
+    """Return the middles (m) of the cells of a grid [rows, cols, 2], and of squares of them [rows / 2, cols / 2, 2].
 
-    The squares are what is compared.
+    The squares (:data:`COARSE`) are what is compared.
     """
     fine = torch.as_tensor(grid.centres(), dtype=torch.float32).reshape(*grid.shape, 2)
-    return fine, functional.avg_pool2d(fine.permute(2, 0, 1), 2).permute(1, 2, 0)
+    return fine, functional.avg_pool2d(fine.permute(2, 0, 1), COARSE).permute(1, 2, 0)
 
 
 def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:
@@ -46,7 +48,9 @@ def correlate(first: Tensor, second: Tensor, shifts: int) -> Tensor:
             kernels = first.float().flatten(0, 1)
             sums = functional.conv2d(padded.flatten(0, 1)[None], kernels, groups=len(second))
             return sums.view(*first.shape[:2], *sums.shape[-2:]) / math.sqrt(rows * cols)
-        # A product for each channel, [N, cells] x [cells, shifts]: in one alone most of the GPU would have no part.
-        moved = padded.unfold(2, rows, 1).unfold(3, cols, 1).flatten(4).flatten(2, 3)
-        sums = (first.float().flatten(3).transpose(1, 2) @ moved.transpose(2, 3)).sum(dim=1)
+        # A product for each row of each channel, [N, cols] x [cols, shifts]: in one alone, or in one for each channel,
+        # most of the GPU would have no part.
+        moved = padded.unfold(2, rows, 1).unfold(3, cols, 1).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
+        each = first.float().permute(0, 2, 3, 1, 4) @ moved.transpose(3, 4)
+        sums = each.flatten(1, 2).sum(dim=1)
     return sums.view(*first.shape[:2], 2 * shifts + 1, 2 * shifts + 1) / math.sqrt(rows * cols)

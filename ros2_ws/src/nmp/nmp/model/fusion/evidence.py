@@ -16,6 +16,7 @@ from torch.nn import functional
 from nmp.model.blocks import ConvBnRelu, Residual
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion.align import Aligner, Alignment
+from nmp.model.fusion.correlate import COARSE
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
 from nmp.model.fusion.slope import Leveller, Slope
@@ -27,34 +28,49 @@ EVIDENCE_SCALE = 256.0
 MAX_WEIGHT = 4.0
 """evidence of a cell that one frame saw as well as can be: from far away it may be a hundredth of that, as what is 20 m
 away is seen a metre off its place"""
+WIDE_CHANNELS, FAR_CHANNELS = 48, 64
+"""at a half and a quarter of the resolution at least, and at an eighth, where they cost little"""
 
 
 class Surroundings(nn.Module):
-    """Looks at prior and frame together, down to a quarter of the resolution: lines go on beyond what was seen."""
+    """Looks at prior and frame together, down to an eighth of the resolution: lines go on beyond what was seen.
+
+    At an eighth a cell is 2.4 m long, and what is decided there follows from 18 m around.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        wide = channels * 3 // 2
+        wide = max(channels, WIDE_CHANNELS)
         self.mix_full = Residual(channels)
         self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
         self.down_quarter = nn.Sequential(ConvBnRelu(wide, wide, 2), Residual(wide))
+        far = [Residual(FAR_CHANNELS) for _ in range(3)]
+        self.down_eighth = nn.Sequential(ConvBnRelu(wide, FAR_CHANNELS, 2), *far)
+        self.up_quarter = nn.Conv2d(FAR_CHANNELS, wide, 1)
+        self.mix_quarter = Residual(wide)
         self.up_half = nn.Conv2d(wide, wide, 1)
+        self.mix_half = Residual(wide)
         self.up_full = nn.Conv2d(wide, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return as many channels [B, channels, rows, cols] of the same cells."""
         full = self.mix_full(x)
         half = self.down_half(full)
-        low = functional.interpolate(self.up_half(self.down_quarter(half)), half.shape[-2:], mode="bilinear")
-        up = functional.interpolate(self.up_full((half + low).relu_()), full.shape[-2:], mode="bilinear")
-        return (full + up).relu_()
+        quarter = self.down_quarter(half)
+        quarter = self.mix_quarter(_joined(quarter, self.up_quarter(self.down_eighth(quarter))))
+        half = self.mix_half(_joined(half, self.up_half(quarter)))
+        return _joined(full, self.up_full(half))
+
+
+def _joined(fine: Tensor, coarse: Tensor) -> Tensor:
+    return (fine + functional.interpolate(coarse, fine.shape[-2:], mode="bilinear")).relu_()
 
 
 class EvidenceFusion(nn.Module):
     """Our fusion: every cell holds a weighted mean of what was observed there, and the weight.
 
-    The prior enters the features through a path that starts at zero and is closed where there is no evidence, so
-    that an empty prior gives exactly the layers of the network without one.
+    The prior enters the features through a path that starts at zero and is closed while nothing around the car is
+    known, so that an empty prior gives exactly the layers of the network without one.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -75,6 +91,9 @@ class EvidenceFusion(nn.Module):
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)
+        # What the map says of the cells beside those that it knows: where lines go on.
+        self.beyond = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.zeros_(self.beyond.weight)
         self.aligner = Aligner(config.feature_grid, channels, stored) if config.align else None
         self.leveller = Leveller(config.feature_grid, channels, stored) if config.slopes else None
         # How well the pose is known, for what is read and for what is written. Until training finds otherwise it
@@ -100,16 +119,17 @@ class EvidenceFusion(nn.Module):
         """
         if self.aligner is None:
             return None
-        found: Alignment = self.aligner(bev, *self.read(cells, pose, origin), spread)
+        found: Alignment = self.aligner(bev, *self.read(cells, pose, origin, COARSE), spread)
         return found
 
-    def read(self, cells: Tensor, pose: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, cells: Tensor, pose: Tensor, origin: Tensor, square: int = 1) -> tuple[Tensor, Tensor]:
         """Look cells up in the ego frame: latent [B, D, rows, cols], evidence [B, 1, rows, cols].
 
         :param cells: as :meth:`opened` returned them
+        :param square: look up only the middle of every square of so many by so many cells of the ego frame
         """
         net = self.config
-        latent, evidence = means(map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell))
+        latent, evidence = means(map_to_ego(cells, pose, net.feature_grid, origin, net.prior_cell, square=square))
         return latent, evidence
 
     def level(self, bev: Tensor, latent: Tensor, evidence: Tensor) -> tuple[Tensor, Slope | None]:
@@ -131,8 +151,10 @@ class EvidenceFusion(nn.Module):
         if self.spread_in is not None and alignment is not None:
             prior = prior + self.spread_in(alignment.spread[:, :, None, None]) * trust
         prior = (prior + self.frame_in(bev)).relu_().to(bev.dtype)
+        mixed = self.prior_mix(prior)
+        known = (trust.amax(dim=(2, 3), keepdim=True) > 0).to(trust.dtype)
         # In the precision of the features: what follows must not round otherwise where nothing was added.
-        return bev + (trust * self.prior_out(self.prior_mix(prior))).to(bev.dtype)
+        return bev + (trust * self.prior_out(mixed) + known * self.beyond(mixed)).to(bev.dtype)
 
     def observe(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """What this frame adds to the prior: (weight x latent [B, D, rows, cols], weight [B, 1, rows, cols]).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -34,34 +36,44 @@ def ego_to_map(
 
 
 def map_to_ego(
-    window: Tensor, pose: Tensor, grid: BevGrid, origin: Tensor, cell: float, mode: str = "bilinear"
+    window: Tensor,
+    pose: Tensor,
+    grid: BevGrid,
+    origin: Tensor,
+    cell: float,
+    mode: str = "bilinear",
+    square: int = 1,
 ) -> Tensor:
     """Look map cells up at the cells of an ego-frame grid (the inverse of :func:`ego_to_map`).
 
     :param window: [B, C, rows, cols] map cells
-    :return: [B, C, grid rows, grid cols]; zero outside the window
+    :param square: look up the middles of squares of so many by so many cells of the grid instead
+    :return: [B, C, grid rows / square, grid cols / square], rounded down; zero outside the window
     """
     rows, cols = window.shape[-2:]
     corner = (-grid.length / 2, -grid.width / 2)
-    place = _centres(*grid.shape, grid.resolution, window.device, corner) * _turn(pose[:, 2]) + _offset(pose, origin)
+    across, along = (n // square for n in grid.shape)
+    middles = _centres(across, along, square * grid.resolution, window.device, corner)
+    place = middles * _turn(pose[:, 2]) + _offset(pose, origin)
     where = torch.view_as_real(place) * _pair(2 / (cols * cell), 2 / (rows * cell), window.device) - 1
     return sample(window, where.to(window.dtype), mode)
 
 
 # Places are complex numbers x + iy: a turn is one product, where sines and cosines are a dozen small steps, which a
-# GPU takes no less time for than for large ones. Constants are counted on the device: a copy from the host would make
-# it wait.
+# GPU takes no less time for than for large ones.
 
 
+@functools.lru_cache(maxsize=64)
 def _centres(
     rows: int, cols: int, cell: float, device: torch.device, corner: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
     """Return the middles [rows, cols] of cells that begin at a corner."""
-    x, y = (
-        torch.linspace(start + cell / 2, start + (count - 0.5) * cell, count, device=device)
-        for start, count in zip(corner, (cols, rows), strict=True)
-    )
-    return torch.complex(x.expand(rows, cols), y[:, None].expand(rows, cols))
+    with torch.inference_mode(False), torch.no_grad():  # training may use them next
+        x, y = (
+            torch.linspace(start + cell / 2, start + (count - 0.5) * cell, count, device=device)
+            for start, count in zip(corner, (cols, rows), strict=True)
+        )
+        return torch.complex(x.expand(rows, cols), y[:, None].expand(rows, cols))
 
 
 def _offset(there: Tensor, here: Tensor) -> Tensor:
@@ -75,5 +87,7 @@ def _turn(angle: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)[:, None, None]
 
 
+@functools.lru_cache(maxsize=64)
 def _pair(first: float, second: float, device: torch.device) -> Tensor:
-    return torch.linspace(first, second, 2, device=device)
+    with torch.inference_mode(False):
+        return torch.linspace(first, second, 2, device=device)

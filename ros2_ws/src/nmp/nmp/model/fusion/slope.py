@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nmp.geometry import BevGrid
-from nmp.model.fusion.correlate import FEATURES, centres_of, correlate, features_of
+from nmp.model.fusion.correlate import COARSE, FEATURES, centres_of, correlate, features_of
 from nmp.model.sampling import sample
 
 SLOPES = 3
@@ -24,8 +24,8 @@ SLOPES = 3
 SLOPE_STEP = 0.0025
 """between them, rise per metre over the height of the cameras, 1/m"""
 SHIFTS = 2
-"""shifts tried with every slope to either side along each axis, in steps of two BEV cells: a slope and an error of the
-pose look much alike, and what is an error of the pose must not be taken for a slope"""
+"""shifts tried with every slope to either side along each axis, in steps of :data:`COARSE` BEV cells: a slope and an
+error of the pose look much alike, and what is an error of the pose must not be taken for a slope"""
 USUAL_SLOPE = 0.0033
 """standard deviation before anything is seen, 1/m: 0.005 rad under cameras at 1.5 m"""
 USUAL_SHIFT_M = 0.5
@@ -51,7 +51,7 @@ class Leveller(nn.Module):
 
     def __init__(self, grid: BevGrid, channels: int, prior_channels: int) -> None:
         super().__init__()
-        self.step_m = 2 * grid.resolution
+        self.step_m = COARSE * grid.resolution
         self.seen = features_of(channels)
         self.stored = features_of(prior_channels)
         last = self.stored[-1]
@@ -85,9 +85,9 @@ class Leveller(nn.Module):
         """
         b = len(bev)
         trust = evidence / (evidence + 1)
-        seen = self.seen(functional.avg_pool2d(bev, 2)).float()
-        stored = self.stored(functional.avg_pool2d(latent.to(bev.dtype), 2)).float()
-        stored = stored * functional.avg_pool2d(trust.float(), 2)
+        seen = self.seen(functional.avg_pool2d(bev, COARSE)).float()
+        stored = self.stored(functional.avg_pool2d(latent.to(bev.dtype), COARSE)).float()
+        stored = stored * functional.avg_pool2d(trust.float(), COARSE)
         with torch.autocast(bev.device.type, enabled=False):
             # All slopes of a frame are laid below each other: one lookup for all of them.
             where = self.where.flatten(0, 1).expand(b, -1, -1, -1)
