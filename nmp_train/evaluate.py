@@ -66,8 +66,8 @@ SAME_PLACE_M = 10.0
 """an earlier drive passed here if it came this close"""
 MANY_TRIPS = 5
 """places that were driven as often or more often are counted together"""
-APART_M = 80.0
-"""scenes that stay this far apart share nothing of a prior: a frame reaches 34 m, and poses have errors"""
+APART_M = 13.0
+"""scenes whose regions stay this far apart share nothing of a prior: poses have errors, too"""
 CHANGED_M = 5.0
 """cells this close to a line or an area that changed are a changed place"""
 SAME_M = 0.1
@@ -418,8 +418,8 @@ def _map(mapper: OnlineMapper, scene: SceneFrames, frame: Frame) -> LocalMap:
 def shards(job: Job, count: int) -> list[Job]:
     """Part a job into at most ``count`` that give, merged, exactly the scores of the whole.
 
-    Where scenes share a prior, all scenes that come within ``APART_M`` of each other, directly or over others, stay
-    together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
+    Where scenes share a prior, all scenes whose regions come within ``APART_M`` of each other, directly or over others,
+    stay together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
     """
     from nmp_train.data.sampler import Places, dealt
 
@@ -434,7 +434,7 @@ def shards(job: Job, count: int) -> list[Job]:
             scene=np.repeat(group, lengths),
             time_s=np.zeros(len(samples)),
         )
-        group = where.streets(APART_M)
+        group = where.streets(2 * _grid_of(job.weights).reach + APART_M)
     size = np.bincount(group, weights=lengths).astype(int)
     if size.max() * count > 1.5 * size.sum():
         log.info("%d of %d frames lie in one connected part of a city and stay in one process", size.max(), size.sum())
@@ -449,6 +449,13 @@ def shards(job: Job, count: int) -> list[Job]:
         for part in range(count)
     ]
     return [part for part in parts if part.scenes]
+
+
+def _grid_of(weights: Path | None) -> BevGrid:
+    from nmp.model import NetworkConfig
+    from nmp.model.weights import read_description
+
+    return NetworkConfig.from_dict(read_description(weights)["network"]).layer_grid
 
 
 def _device(device: str | None, process: int) -> str | None:

@@ -160,10 +160,13 @@ def _sources(config: TrainConfig, device: torch.device, ranks: Ranks) -> tuple[S
         return _recorded(config, config.data, device, ranks)
     from nmp_train.validate import validate
 
-    worlds = make_worlds(config.worlds, config.workers)
+    reach = config.network.layer_grid.reach
+    worlds = make_worlds(config.worlds, config.workers, reach_m=reach)
     if not ranks.first:
         return SimulatedSource(worlds, config, device), None
-    held_out = make_worlds(config.validation, config.workers, held_out=True, trips=config.validation_trips)
+    held_out = make_worlds(
+        config.validation, config.workers, held_out=True, trips=config.validation_trips, reach_m=reach
+    )
     # One ground for both: a second one of another size would be compiled for anew.
     both = SimulatedSource(worlds + held_out, config, device)
     judged = both.part(len(worlds), augmented=False)

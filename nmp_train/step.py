@@ -90,9 +90,8 @@ class TrainingStep(nn.Module):
         self.config = config
         self.stage = stage
         self.frozen = frozen_parts(network, config, stage)
-        net = network.config
-        reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
-        self.window = 2 * math.ceil(reach / net.prior_cell)
+        reach = stage.radius_m + network.config.feature_grid.reach + MARGIN_M
+        self.window = 2 * math.ceil(reach / network.config.prior_cell)
         """edge of the window, in cells"""
         self._step: Callable[..., tuple[Output, Memory]] = network.step
         if config.checkpointing:

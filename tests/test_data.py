@@ -343,6 +343,10 @@ def test_held_out_sites_share_no_ground_with_training() -> None:
                     shapely.MultiPoint(np.concatenate([d.poses_xyyaw[:, :2] for d in s.drives])) for s in (left, site)
                 )
                 assert here.distance(there) > APART_M
+    # Where labels reach further, more is left out.
+    fewer, same = find_sites(drives, reach_m=70.0)
+    assert [s.name for s in same] == [s.name for s in held_out]
+    assert sum(s.frames for s in fewer) < sum(s.frames for s in training)
     poses = [tuple(p) for s in (*training, *held_out) for d in s.drives for p in d.poses_xyyaw.round(6)]
     assert len(poses) == len(set(poses)), "a frame is in two sites"
     with pytest.raises(NmpError, match="fill 1 sites"):

@@ -372,23 +372,24 @@ def test_the_command_with_the_shipped_weights(site: Site, tmp_path: Path, capsys
 # ------------------------------------------------------------------------------------------- several processes
 
 
+SMALL = NetworkConfig(
+    backbone_stages=2,
+    input_width=64,
+    input_height=32,
+    neck_channels=4,
+    bev_channels=8,
+    prior_channels=4,
+    feature_resolution=0.6,
+    layer_resolution=0.3,
+    prior_cell=0.6,
+)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that answers to its prior."""
     torch.manual_seed(3)
-    network = BEVNetwork(
-        NetworkConfig(
-            backbone_stages=2,
-            input_width=64,
-            input_height=32,
-            neck_channels=4,
-            bev_channels=8,
-            prior_channels=4,
-            feature_resolution=0.6,
-            layer_resolution=0.3,
-            prior_cell=0.6,
-        )
-    )
+    network = BEVNetwork(SMALL)
     torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.3)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_network(network, path, {})
@@ -411,6 +412,14 @@ def test_scenes_that_meet_stay_in_one_process(site: Site) -> None:
     # The scene that writes the prior goes where those are scored that see it.
     assert jobs(site, "train_trips", 2, train="scene-0001") == [["scene-0001", *near[:2]], ["scene-0004"]]
     assert jobs(site, "train_trips", 2, train="scene-0004") == [near]
+
+
+def test_scenes_that_meet_for_a_network_that_sees_further_stay_together(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "far.safetensors"
+    save_network(BEVNetwork(replace(SMALL, bev_length=100.0, bev_width=100.0)), path, {})
+    scenes = tuple(read_scenes(site.root, VERSION))
+    assert len(shards(Job(None, site.root, "earlier_trips", scenes), 2)) == 2
+    assert len(shards(Job(path, site.root, "earlier_trips", scenes), 2)) == 1
 
 
 def test_parts_merged_are_the_whole(site: Site, weights: Path) -> None:

@@ -41,11 +41,11 @@ class NetworkConfig:
     """at a quarter of the resolution; 0: twice bev_channels"""
     bev_length: float = 60.0
     bev_width: float = 30.0
-    """region around the ego, m"""
+    """region around the ego, m; in fact the whole number of cells that comes closest, as of 100 m 333 cells of 0.3 m"""
     feature_resolution: float = 0.3
     """cell of the BEV features, m"""
     layer_resolution: float = 0.15
-    """cell of the published layers, m"""
+    """cell of the published layers, m: half of that of the features"""
     prior_channels: int = 32
     prior_cell: float = 0.3
     """cell of the city prior, m"""
@@ -68,11 +68,14 @@ class NetworkConfig:
 
     @property
     def feature_grid(self) -> BevGrid:
-        return BevGrid(self.bev_length, self.bev_width, self.feature_resolution)
+        cell = self.feature_resolution
+        wanted = BevGrid(self.bev_length, self.bev_width, cell)
+        # In whole cells, or what lies in the cells would be off by a part of one.
+        return BevGrid(wanted.cols * cell, wanted.rows * cell, cell)
 
     @property
     def layer_grid(self) -> BevGrid:
-        return BevGrid(self.bev_length, self.bev_width, self.layer_resolution)
+        return self.feature_grid.with_resolution(self.layer_resolution)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
