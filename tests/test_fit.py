@@ -128,6 +128,17 @@ def test_a_frame_learns_from_earlier_frames_only() -> None:
     assert reach[0] > 0 and reach[1] > 0 and reach[2] == 0
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+def test_the_prior_is_trained_without_dropout_of_it(vectors: bool, tmp_path: Path) -> None:
+    network = BEVNetwork(replace(TINY_NETWORK, vector_heads=vectors))
+    stage = replace(tiny_config().stages[0], steps=2)
+    config = tiny_config(network=network.config, stages=(stage,), prior_dropout=0.0)
+    before = network.fusion.latent.weight.clone()
+    summary = train(network, ColouredSource(config), config, tmp_path, device=CPU)
+    assert np.isfinite(summary["stages"][0]["losses"]).all()
+    assert not torch.equal(before, network.fusion.latent.weight)
+
+
 def test_only_what_a_stage_uses_is_trained(tmp_path: Path) -> None:
     network = tiny_network()
     config = tiny_config(stages=(StageConfig(seconds=0, steps=2, batch=2, warmup_steps=1, learning_rate=0.1),))
