@@ -84,7 +84,7 @@ def train(
     :param about: more for the summary
     :return: the summary that is also written to ``<out>/training.json``
 
-    Raises :class:`NmpError` when a loss is not finite, memory runs out or the processes cannot share a batch.
+    Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a batch.
     """
     ranks = ranks or Ranks()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -148,7 +148,7 @@ class _Stage:
         self.stage: StageConfig = config.stages[self.number]
         self.name = f"stages.{self.number}"
         self.pending: list[tuple[dict[str, Tensor], list[str]]] = []
-        """losses of the steps since the last look, and what they were computed from"""
+        """losses and norm of the gradient of the steps since the last look, and what they were computed from"""
         ranks.share(self.stage.batch, f"{self.name}.batch")
 
     def run(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -231,7 +231,8 @@ class _Stage:
                 losses = parallel(batch, self._draws(batch))
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            # a norm that is not finite makes all weights NaN: it is looked at with the losses, before they are kept
+            losses["gradient norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             progress.step += 1
             average.update(progress.step)
@@ -299,14 +300,14 @@ class _Stage:
         values = self.ranks.mean(table).cpu()
         last, sources = self.progress.step, [tokens for _, tokens in self.pending]
         self.pending = []
-        bad = ~torch.isfinite(values).all(dim=1)
-        if bad.any():
-            first = int(bad.nonzero()[0, 0])
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            first, what = bad[0].tolist()
             tokens = [t for part in self.ranks.gathered(sources[first]) for t in part]
             raise NmpError(
-                f"loss is {float(values[first, 0])} at stage {self.number + 1}, step {last - len(values) + first + 1}, "
-                f"with {', '.join(tokens)}: look at these, or lower {self.name}.learning_rate "
-                f"(the last good state is {self.out / NAME}, if it had come so far)"
+                f"{names[what]} is {float(values[first, what])} at stage {self.number + 1}, "
+                f"step {last - len(values) + first + 1}, with {', '.join(tokens)}: look at these, or lower "
+                f"{self.name}.learning_rate (the last good state is {self.out / NAME}, if it had come so far)"
             )
         mean = values.mean(dim=0).tolist()
         progress = self.progress

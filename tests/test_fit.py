@@ -320,6 +320,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_frames(tmp_path: P
     assert all(bool(torch.isfinite(v).all()) for v in checkpoint.tensors.values())
 
 
+def test_a_gradient_that_is_infinite_does_not_reach_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite and the gradient is not: in the very step before a checkpoint, nothing else tells of it."""
+    count = 0
+    original = TrainingStep.forward
+
+    def forward(self: TrainingStep, *args: Any) -> dict[str, Tensor]:
+        nonlocal count
+        count += 1
+        losses = original(self, *args)
+        if count == 1 + 4:  # the first call finds out which parameters are used
+            losses["loss"].register_hook(lambda gradient: gradient * torch.inf)
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "forward", forward)
+    config = tiny_config(checkpoint_every=2)
+    with pytest.raises(NmpError, match=r"gradient norm is (inf|nan) at stage 1, step 4, with group 6, frame 0"):
+        train(tiny_network(), ColouredSource(config), config, tmp_path, device=CPU)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.progress["step"] == 2
+    assert all(bool(torch.isfinite(v).all()) for v in checkpoint.tensors.values())
+
+
 def test_too_little_memory_names_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
