@@ -84,7 +84,8 @@ def train(
     :param about: more for the summary
     :return: the summary that is also written to ``<out>/training.json``
 
-    Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a batch.
+    Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a
+    batch.
     """
     ranks = ranks or Ranks()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -220,7 +221,7 @@ class _Stage:
                 waited += time.monotonic() - start
                 batch = augment(self.source.batch(group), self.config.augment)
                 del group
-            rate = min(1.0, (progress.step + 1) / stage.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            rate = min(1.0, (progress.step + 1) / max(stage.warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * done))
             for trained in optimizer.param_groups:
                 trained["lr"] = trained["initial_lr"] * rate
             # Whatever the network draws at random depends on the step alone, also after a run is taken up again.

@@ -312,6 +312,8 @@ def test_worlds_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
     make_worlds(config, 0, held_out=True)
     assert [m[:2] for m in made] == [(s, d) for d in (0.5, 1.0) for s in (7, 8, 9, 10)]
+    with pytest.raises(NmpError, match="no cities to make"):
+        make_worlds(WorldsConfig(seeds=0), 2)
 
 
 # ------------------------------------------------------------------------------------------- real geography

@@ -84,8 +84,35 @@ def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
         ("data: {split: train}", [], "data: dataroot is missing"),
         ("data: 1", [], "data: expected keys and values"),
         ("stages: [{batch: 1}]", ["stages.7.batch=2"], "there is no '7'"),
+        ("stages: [{batch: 1}]", ["stages.last.batch=2"], "there is no 'last'"),
         ("seed: 1", ["seed"], "key=value"),
         ("seed: [", [], "not valid YAML"),
+        ("1: 2", [], "unknown key.s. 1"),
+        ("seed: 1", ["seed=["], "override 'seed=.' is not valid YAML"),
+        ("seed: 1", ["seed.x=1"], "override 'seed.x=1': there is no 'x' to set in 1"),
+        ("seed: 1", ["sed.x=1"], "unknown key.s. sed"),
+        ("[1, 2]", ["seed=1"], "expected keys and values"),
+        ("data:", ["data.split=val"], "data: dataroot is missing"),
+        ("worlds: {real: null}", ["worlds.real.count=2"], "real: maps, trajectories is missing"),
+        ("seed: 1", ["network.mean=3"], "mean must be 3 numbers, got 3"),
+        ("seed: 1", ["network.mean=[1, 2]"], "mean must be 3 numbers"),
+        ("seed: 1", ["network.std=[1, 0, 1]"], "std is 0: choose more than 0"),
+        ("seed: 1", ["network.std=[1, a, 1]"], "std must be float, got 'a'"),
+        ("seed: 1", ["network=5"], "network configuration: expected keys and values"),
+        ("seed: 1", ["network.bev_length=.nan"], "bev_length must be float, got nan"),
+        ("seed: 1", ["network.neck_channels=0"], "neck_channels is 0: choose more than 0"),
+        ("seed: 1", ["network.bev_half_channels=-1"], "bev_half_channels is -1: choose more than 0"),
+        ("seed: 1", ["network.align=1"], "align must be bool"),
+        ("seed: 1", ["stages.0.batch=0"], "batch is 0: choose 1 or more"),
+        ("seed: 1", ["stages.0.group=0"], "group is 0: choose 1 or more"),
+        ("seed: 1", ["stages.0.warmup_steps=-1"], "warmup_steps is -1: choose 0 or more"),
+        ("seed: 1", ["stages.1.radius_m=0"], "radius_m is 0: choose more than 0"),
+        ("seed: 1", ["prior_dropout=1.5"], "prior_dropout is 1.5: choose 0 to 1"),
+        ("seed: 1", ["clip_norm=.inf"], "clip_norm must be a finite number"),
+        ("seed: 1", ["validation_trips=5"], "validation_trips is 5: choose 1 to 4"),
+        ("seed: 1", ["worlds.difficulties.0=-1"], "difficulties is -1: choose 0 or more"),
+        ("seed: 1", ["worlds.difficulties.1=1"], "there is no '1' to set, but 0 to 0"),
+        ("seed: 1", ["worlds.difficulties=[true]"], "difficulties must be a list of numbers"),
     ],
 )
 def test_wrong_configurations_are_named(text: str, overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -93,6 +120,44 @@ def test_wrong_configurations_are_named(text: str, overrides: list[str], message
     path.write_text(text)
     with pytest.raises(NmpError, match=message):
         load_config(path, overrides)
+
+
+def test_any_key_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data:\nworlds: {real: null}\nseed: 3\n")
+    keys = ["data.dataroot=/d", "stages.0.learning_rate=1e-4", "stages.1.batch=2", "worlds.difficulties.0=2e-1"]
+    keys += ["worlds.real.maps=m", "worlds.real.trajectories=t", "stages.0.warmup_steps=0", "network.std.1=5e1"]
+    config = load_config(path, keys)
+    assert config.data is not None and config.data.dataroot == "/d" and config.seed == 3
+    assert config.stages[0].learning_rate == 1e-4 and config.stages[0].warmup_steps == 0
+    assert config.stages[1] == replace(TrainConfig().stages[1], batch=2)  # of the stages that there are without any
+    assert config.worlds.difficulties == (0.2,) and config.worlds.real is not None and config.worlds.real.count == 8
+    assert config.network.std == (58.395, 50.0, 57.375)
+    path.write_text("stages: [{learning_rate: 2e-4}]")
+    assert load_config(path, []).stages == (StageConfig(learning_rate=2e-4),)
+
+
+def test_overrides_may_come_behind_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr("nmp_train.fit.fit", lambda config, out, **_: seen.append(config))
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3")
+    assert main(["fit", str(path), "workers=1", "--out", str(tmp_path), "seed=4", "--resume", "clip_norm=2"]) == 0
+    assert (seen[0].seed, seen[0].workers, seen[0].clip_norm) == (4, 1, 2.0)
+    for wrong in (["fit", str(path), "--out", "x", "--oops", "seed=4"], ["export", "x", "--out", "y", "--oops"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "--oops" in capsys.readouterr().err
+
+
+def test_without_warmup_the_first_step_is_whole(tmp_path: Path) -> None:
+    config = tiny_config(stages=(replace(tiny_config().stages[0], steps=1, warmup_steps=0),), ema_decay=0.0)
+    network = tiny_network()
+    before = network.decoder.out.weight.clone()
+    train(network, ColouredSource(config), config, tmp_path, device=CPU)
+    assert not torch.equal(before, network.decoder.out.weight)
 
 
 def test_pose_errors_belong_to_drives_and_do_not_depend_on_the_batch() -> None:

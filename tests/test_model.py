@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from training_fixtures import ColouredSource, tiny_config
 
 from nmp.errors import NmpError

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from nmp.citymap import CityMap
+from nmp.errors import NmpError
 from nmp.frame import CAMERAS, Camera
 from nmp.geometry import transform_from_xyyaw
 from nmp.model.preprocess import network_intrinsics, unit_projection
@@ -73,6 +74,8 @@ def make_worlds(
         training, left_out = find_sites(load_trajectories(config.real.trajectories), reach_m=reach_m)
         sites = (left_out if held_out else training)[: config.real.count]
         makers += [functools.partial(make_real_world, Path(config.real.maps), site, trips=trips) for site in sites]
+    if not makers:
+        raise NmpError("there are no cities to make: set seeds, or real.count, of the worlds to 1 or more")
     if held_out:
         jobs = [(maker, level) for level in levels for maker in makers]
     else:
