@@ -449,27 +449,26 @@ def test_a_batch_norm_over_processes_is_torchs_own(training: bool, monkeypatch: 
         torch.testing.assert_close(ours.state_dict()[name], value)
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """In double precision, where rounding is too small to grow into something: with groups dealt out by streets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(train_in_process, (2, port, tmp_path / "two"), nprocs=2)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that they are put back
-    train_in_process(0, 1, port, tmp_path / "one")
-    start, one, two = tiny_network(), state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    for name, ranks in (("one", 1), ("two", 2)):
+        multiprocessing.spawn(train_in_process, (ranks, port, tmp_path / name), nprocs=ranks)
+    gradients = [load_file(str(tmp_path / name / "gradient.safetensors")) for name in ("one", "two")]
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, msg=name, rtol=1e-9, atol=1e-12)
     summaries = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
     assert [s["processes"] for s in summaries] == [1, 2]
     losses = [s["stages"][0]["losses"] for s in summaries]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
-    # Gradients are equal but for rounding (to 1e-14 in double precision), but ReLUs and Adam make much of that. With
-    # statistics of each process alone the two runs are further apart than either is from the start.
-    moved = torch.cat([(one[n].float() - p.detach()).flatten() for n, p in start.named_parameters()])
-    apart = torch.cat([(one[n].float() - two[n].float()).flatten() for n, _ in start.named_parameters()])
-    assert float(moved.norm()) > 0.1
-    assert float(apart.norm()) < 0.6 * float(moved.norm())
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     scores = [s["stages"][0]["scores"]["with prior"]["all"]["miou"] for s in summaries]
-    assert scores[0] > 10 and abs(scores[0] - scores[1]) <= 5.0  # percent
+    assert scores[0] > 40 and abs(scores[0] - scores[1]) <= 0.05  # percent
+    # as far as half precision tells: a random start of each process would differ in every weight
+    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, msg=name, rtol=2e-3, atol=1e-4)
 
 
 def test_processes_that_cannot_share_a_batch_are_refused() -> None:

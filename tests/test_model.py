@@ -46,7 +46,7 @@ def test_projection_follows_scaling_and_cropping() -> None:
 )
 def test_networks_of_all_ranges_are_trained(length: float, width: float, cells: tuple[int, int], fusion: str) -> None:
     """Encode, fuse, decode and judge: layers have the cells of the truth, whatever the range."""
-    net = replace(SMALL, backbone_stages=1, bev_channels=4, prior_channels=2, fusion=fusion)
+    net = replace(SMALL, backbone_stages=1, bev_channels=8, prior_channels=2, fusion=fusion)
     net = replace(net, bev_length=length, bev_width=width)
     assert net.feature_grid.shape == cells and net.layer_grid.shape == (2 * cells[0], 2 * cells[1])
     np.testing.assert_allclose(net.layer_grid.centres().mean(axis=(0, 1)), 0, atol=1e-9)  # the car is in the middle
