@@ -53,8 +53,8 @@ defines the scores. Protocols:
 
   nmp-train eval --dataroot data/bench --protocol earlier_trips
   nmp-train eval my.safetensors --dataroot data/bench --split val --protocol train_trips --json scores.json
-  nmp-train eval my.safetensors --dataroot data/bench --workers 4 --device cuda
-  torchrun --nproc-per-node 8 -m nmp_train.cli eval my.safetensors --dataroot data/bench --device cuda"""
+  nmp-train eval my.safetensors --dataroot data/bench --workers 4 --device cpu
+  torchrun --nproc-per-node 8 -m nmp_train.cli eval my.safetensors --dataroot data/bench"""
 
 PROTOCOLS = {
     "no_prior": "every frame on its own",
@@ -268,7 +268,7 @@ class Job:
     train: tuple[Scene, ...] = ()
     """to write the prior of ``train_trips``, in the order in which they were driven"""
     device: str | None = None
-    """None leaves the choice to the mapper"""
+    """None for a GPU where there is one"""
     noise: LocalisationNoise | None = None
     vectors: bool = True
     changed: bool = False
@@ -297,7 +297,7 @@ def evaluate_dataset(
 
     :param weights: .safetensors file, None for the weights that come with nmp
     :param train_scenes: for ``train_trips``: they write the prior, and are not scored
-    :param device: of the mapper; ``cuda`` deals the GPUs out to the processes
+    :param device: of the mapper, None for a GPU where there is one; where there are several, each process has its own
     :param noise: an error of the poses that the mapper is told, on top of that of the data set
     :param vectors: score map elements, too
     :param changed: score the places that have changed since the map was drawn apart from the others
@@ -356,10 +356,10 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
     maps = CityMaps(job.dataroot)
     changes = _Changes(job.dataroot, {s.location for s in job.scenes}) if job.changed else None
     history = _History()
-    more: dict[str, Any] = {} if job.device is None else {"device": job.device}
+    device = job.device or "auto"
     with tempfile.TemporaryDirectory(prefix="nmp-eval-") as folder:
         shared = Path(folder, "shared")
-        with OnlineMapper(job.weights, shared, use_prior=job.protocol != "no_prior", **more) as mapper:
+        with OnlineMapper(job.weights, shared, use_prior=job.protocol != "no_prior", device=device) as mapper:
             breakdown = Breakdown(mapper.grid)
             for written in job.train:
                 scene = _believed(written, job)
@@ -459,19 +459,22 @@ def _grid_of(weights: Path | None) -> BevGrid:
 
 
 def _device(device: str | None, process: int) -> str | None:
-    if device != "cuda":
-        return device
+    """Return the device of one of several processes on a machine: GPUs are dealt out to them."""
     import torch
 
-    return f"cuda:{process % max(1, torch.cuda.device_count())}"
+    if device not in (None, "auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{process % torch.cuda.device_count()}"
 
 
 def _on_torchrun(job: Job, progress: bool) -> Breakdown:
     import torch.distributed as dist
 
+    from nmp_train.distributed import PATIENCE
+
     started = not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)  # shards need not be of one size
     try:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         parts = shards(job, ranks)
@@ -596,7 +599,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--yaw-noise", type=float, default=0.0, metavar="RAD", help="standard deviation of an added error of yaw, rad"
     )
-    parser.add_argument("--device", help="cuda or cpu; cuda deals the GPUs out to the processes")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: a GPU for each process, where there are)")
     parser.add_argument("--workers", type=int, default=1, help="processes; the scores are the same (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
 

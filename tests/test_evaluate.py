@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from nmp.model import BEVNetwork, NetworkConfig
 from nmp.model.weights import save_network
 from nmp.truth import rasterize
 from nmp_train.cli import main
+from nmp_train.distributed import PATIENCE
 from nmp_train.evaluate import PROTOCOLS, Job, evaluate_dataset, merged, read_scenes, scene_frames, shards, split_scenes
 from nmp_train.evaluate import score as score_job
 from nmp_train.recordings import weather_of
@@ -274,7 +277,7 @@ def test_the_fifth_trip_and_all_after_it_are_one_row(site: Site, mapper: Mapper)
 )
 def test_priors_of_the_protocols(protocol: str, expected: list[list[str]], site: Site, mapper: Mapper) -> None:
     score(site, protocol)
-    assert mapper.opened == [{"use_prior": True}]
+    assert mapper.opened == [{"use_prior": True, "device": "auto"}]
     assert [run[0] for run in mapper.runs] == expected
     assert [mapper.name_of(run[1][0]) for run in mapper.runs] == list(SCENES)
     assert not mapper.prior_dir.exists()
@@ -445,6 +448,53 @@ def test_two_processes_give_the_scores_of_one(site: Site, weights: Path, tmp_pat
         more = ["--pose-noise", "0.3", "--workers", str(workers), "--json", str(tmp_path / f"{workers}.json")]
         assert main([*arguments, *more]) == 0
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+def test_two_processes_of_torchrun_give_the_scores_of_one(site: Site, weights: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(weights), "--dataroot", str(site.root), "--protocol", "earlier_trips", "--split", "two"]
+    arguments += ["--device", "cpu", "--json"]
+    assert main([*arguments, str(tmp_path / "1.json")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "nmp_train.cli", *arguments, str(tmp_path / "2.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("All(mIoU)") == 1  # the first process prints, and it alone
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+def test_torchrun_processes_wait_as_long_as_in_training(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[Any] = []
+
+    def join(backend: str, *, timeout: Any) -> None:
+        waits.append((backend, timeout))
+        raise NmpError("far enough")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NmpError, match="far enough"):
+        score(site)
+    assert waits == [("gloo", PATIENCE)]
+
+
+def test_every_process_has_a_gpu_of_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = tuple(read_scenes(site.root, VERSION))
+
+    def devices(given: str | None) -> list[str | None]:
+        return [part.device for part in shards(Job(None, site.root, "empty", scenes, device=given), 3)]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert devices(None) == [None] * 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for given in (None, "auto", "cuda"):
+        assert devices(given) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices("cpu") == ["cpu"] * 3 and devices("cuda:1") == ["cuda:1"] * 3
+
+
+def test_one_process_takes_a_gpu_where_there_is_one(site: Site, mapper: Mapper) -> None:
+    score(site, scenes=["scene-0001"])
+    score(site, scenes=["scene-0001"], device="cpu")
+    assert [options["device"] for options in mapper.opened] == ["auto", "cpu"]
 
 
 def test_what_goes_wrong_in_a_process_is_told(
