@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.override += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.command_line = shlex.join([parser.prog, *argv])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         arguments.run(arguments)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nmp import __version__
 from nmp.errors import NmpError
 from nmp.metrics import format_table
 from nmp.model import BEVNetwork, load_network
@@ -45,6 +46,7 @@ def fit(
     first_stage: int = 1,
     device_name: str | None = None,
     resume: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
@@ -52,6 +54,7 @@ def fit(
     :param backbone: weights of another network, or of a torchvision ResNet, to begin with their backbone
     :param device_name: cuda or cpu; None for a GPU where there is one
     :param resume: go on from the checkpoint in ``out``, if there is one
+    :param command: the command line, to be kept with the weights
     :return: the summary that is also written to ``<out>/training.json``
 
     Raises :class:`NmpError` for weights that do not fit, data that is missing, and what :func:`~nmp_train.loop.train`
@@ -96,6 +99,13 @@ def fit(
             first_stage=first_stage,
             checkpoint=checkpoint,
             score=score,
+            started={
+                "command": command,
+                "nmp": __version__,
+                "start": str(start) if start else None,
+                "backbone": str(backbone) if backbone else None,
+                "first_stage": first_stage,
+            },
         )
     finally:
         ranks.leave()
@@ -247,4 +257,5 @@ def run(args: argparse.Namespace) -> None:
         first_stage=args.first_stage,
         device_name=args.device,
         resume=args.resume,
+        command=args.command_line,
     )

@@ -25,6 +25,8 @@ from nmp_train.checkpoint import NAME, Checkpoint, check_same_run, save_checkpoi
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Source, augment
 from nmp_train.distributed import Ranks
+from nmp_train.export import described, metrics_of
+from nmp_train.score import Scores
 from nmp_train.step import (
     POSE_DRAWS,
     Draws,
@@ -61,6 +63,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """summaries of the stages that are done"""
     config: dict[str, Any] = field(default_factory=dict)
+    started: dict[str, Any] = field(default_factory=dict)
+    """how the run was begun, for the reader of its weights"""
 
 
 def train(
@@ -74,14 +78,14 @@ def train(
     first_stage: int = 1,
     checkpoint: Checkpoint | None = None,
     score: Callable[[BEVNetwork, StageConfig], dict[str, Any]] | None = None,
-    about: dict[str, Any] | None = None,
+    started: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
     :param network: on ``device``; trained in place
     :param checkpoint: where to go on; takes the place of ``first_stage`` and of the weights
     :param score: judges the network after each stage, in the first process
-    :param about: more for the summary
+    :param started: how the run was begun, for the summary; that of the checkpoint takes its place
     :return: the summary that is also written to ``<out>/training.json``
 
     Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a
@@ -94,7 +98,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress = Progress(first_stage - 1)
+    progress = Progress(first_stage - 1, started=started or {})
     if checkpoint is not None:
         check_same_run(checkpoint, config.to_dict(), out)
         progress = Progress(**checkpoint.progress)
@@ -110,23 +114,30 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())
     curves = _curves(out) if ranks.first else _no_curves
-    result = {"stages": progress.history, "config": progress.config, "device": _device_text(device)} | (about or {})
-    result["processes"] = ranks.ranks
+    result: dict[str, Any] = {name: getattr(progress, name) for name in ("started", "config")}
+    result |= {"stages": progress.history, "device": _device_text(device), "processes": ranks.ranks}
     while progress.stage < len(config.stages):
         stage = _Stage(network, source, config, out, device, ranks, progress, curves)
         progress.history.append(stage.run(checkpoint))
         checkpoint = None
         if ranks.first:
-            save_network(network, out / "network.safetensors", result)
+            scores: Scores = {}
+            _save(network, out, result, scores)
             if score is not None:
-                progress.history[-1]["scores"] = score(network, stage.stage)
-            save_network(network, out / "network.safetensors", result)
+                scores = progress.history[-1]["scores"] = score(network, stage.stage)
+                _save(network, out, result, scores)
             (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-        progress = Progress(progress.stage + 1, history=progress.history, config=progress.config)
+        progress = Progress(
+            progress.stage + 1, history=progress.history, config=progress.config, started=progress.started
+        )
         if ranks.first:
             save_checkpoint(out, vars(progress), network)
         ranks.wait()
     return result
+
+
+def _save(network: BEVNetwork, out: Path, result: dict[str, Any], scores: Scores) -> None:
+    save_network(network, out / "network.safetensors", result, extra=described(result, metrics_of(scores)))
 
 
 class _Stage:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, multiprocessing, nn
 from training_fixtures import TINY_NETWORK, ColouredSource, tiny_config, tiny_network, train_in_process
 
+from nmp import __version__
 from nmp.errors import NmpError
+from nmp.evaluation import nan_as_null
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp_train import loop
 from nmp_train.checkpoint import NAME, load_checkpoint
@@ -500,6 +502,34 @@ def test_a_run_ends_in_weights_that_load(tmp_path: Path, coarse_worlds: None) ->
     assert {"all", "0-10 m", "20-40 m"} <= set(scores["no prior"])
     assert list((tmp_path / "run" / "curves").iterdir())
     assert load_config(tmp_path / "run" / "config.yaml", []) == load_config(config, [])
+    described = json.loads((tmp_path / "run" / "network.json").read_text())
+    assert described["metrics"]["empty"]["breakdown"]["0-10 m"] == nan_as_null(scores["empty"]["0-10 m"])
+    assert described["metrics"]["no prior"]["miou"] == scores["no prior"]["all"]["miou"]
+    assert described["training_set"]["worlds"]["first_seed"] == 1001
+    for known in (summary, described["training"]):
+        assert known["started"]["command"] == f"nmp-train fit {config} --out {tmp_path / 'run'} --device cpu"
+
+
+def test_how_a_run_was_started_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_network(BEVNetwork(SMALL), tmp_path / "other.safetensors", {})
+    monkeypatch.setattr("nmp_train.fit._sources", lambda config, device, ranks: (ColouredSource(config), None))
+    stages = tuple(StageConfig(seconds=0, steps=1, batch=1) for _ in range(3))
+    config = TrainConfig(network=SMALL, workers=0, stages=stages)
+    given = {"start": tmp_path / "other.safetensors", "backbone": tmp_path / "other.safetensors", "first_stage": 2}
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)  # in the third stage
+        with pytest.raises(Killed):
+            fit(config, tmp_path / "out", **given, device_name="cpu", command="nmp-train fit c.yaml")
+    summary = fit(config, tmp_path / "out", device_name="cpu", resume=True, command="nmp-train fit c.yaml --resume")
+    expected = {
+        "command": "nmp-train fit c.yaml",
+        "nmp": __version__,
+        "start": str(tmp_path / "other.safetensors"),
+        "backbone": str(tmp_path / "other.safetensors"),
+        "first_stage": 2,
+    }
+    assert summary["started"] == expected
+    assert json.loads((tmp_path / "out" / "network.json").read_text())["training"]["started"] == expected
 
 
 def test_a_backbone_is_taken_from_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
