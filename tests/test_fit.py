@@ -61,6 +61,9 @@ def test_the_shipped_configurations_are_valid() -> None:
     for path in CONFIGS.glob("*.yaml"):
         # without the prior all is trained, then with it all but backbone and neck
         assert [(s.group > 1, s.freeze_images) for s in load_config(path, []).stages] == [(False, False), (True, True)]
+    # the network of the figures at 256 x 704 is that of the GPU, but for its backbone
+    gpu, r50 = (load_config(CONFIGS / f"{name}.yaml", []) for name in ("gpu_default", "r50"))
+    assert r50 == replace(gpu, network=replace(gpu.network, backbone="resnet50", backbone_stages=4))
     paper = load_config(CONFIGS / "paper.yaml", [])
     assert paper.network.fusion == "paper" and paper.data is not None and paper.backbone_rate == 0.1
 
