@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def _copy_backbone(network: BEVNetwork, source: Path) -> None:
     network.backbone.load_state_dict(other.backbone.state_dict())
 
 
+@contextlib.contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Say what the memory of the GPU was too small for; the steps of training say it themselves."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NmpError(f"the GPU has too little memory for {what}: {remedy}") from error
+
+
+_LESS_GROUND = "lower worlds.seeds, validation.seeds or size_m of either"
+_LESS_VALIDATION = (
+    "lower validation_drives or validation_trips and go on with --resume; the weights of the stage are kept"
+)
+
+
 def _sources(config: TrainConfig, device: torch.device, ranks: Ranks) -> tuple[Source, Score | None]:
     """Return what to train on, and for the first process how to judge a network on what was held out."""
     if config.data is not None:
@@ -173,18 +189,22 @@ def _sources(config: TrainConfig, device: torch.device, ranks: Ranks) -> tuple[S
     reach = config.network.layer_grid.reach
     worlds = make_worlds(config.worlds, config.workers, reach_m=reach)
     if not ranks.first:
-        return SimulatedSource(worlds, config, device), None
+        with _memory_for("the ground of the worlds", _LESS_GROUND):
+            return SimulatedSource(worlds, config, device), None
     held_out = make_worlds(
         config.validation, config.workers, held_out=True, trips=config.validation_trips, reach_m=reach
     )
     # One ground for both: a second one of another size would be compiled for anew.
-    both = SimulatedSource(worlds + held_out, config, device)
+    with _memory_for("the ground of the worlds", _LESS_GROUND):
+        both = SimulatedSource(worlds + held_out, config, device)
     judged = both.part(len(worlds), augmented=False)
 
     def score(network: BEVNetwork, stage: StageConfig) -> dict[str, Any]:
         with_prior = stage.group > 1  # otherwise it is not trained yet
         trips = config.validation_trips if with_prior else 1
-        scores = validate(network, judged, config, drives=config.validation_drives, trips=trips, with_prior=with_prior)
+        drives = config.validation_drives
+        with _memory_for("the validation, which keeps the features of all of its drives", _LESS_VALIDATION):
+            scores = validate(network, judged, config, drives=drives, trips=trips, with_prior=with_prior)
         print(_table(scores), flush=True)
         return scores
 
@@ -212,7 +232,11 @@ def _recorded(config: TrainConfig, data: DataConfig, device: torch.device, ranks
 
     def score(network: BEVNetwork, stage: StageConfig) -> dict[str, Any]:
         assert judged is not None
-        scores = score_groups(network, judged, config)
+        with _memory_for(
+            "the validation, which has the batches of the stage with the longest groups",
+            "lower its batch; the weights of this stage are kept",
+        ):
+            scores = score_groups(network, judged, config)
         print(_table(scores), flush=True)
         return scores
 

@@ -24,7 +24,7 @@ from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp_train import loop
 from nmp_train.checkpoint import NAME, load_checkpoint
 from nmp_train.cli import main
-from nmp_train.config import StageConfig, TrainConfig, load_config
+from nmp_train.config import DataConfig, StageConfig, TrainConfig, load_config
 from nmp_train.distributed import CpuSyncBatchNorm, Ranks, convert
 from nmp_train.fit import _start, fit
 from nmp_train.loop import train
@@ -511,6 +511,40 @@ def test_a_run_ends_in_weights_that_load(tmp_path: Path, coarse_worlds: None) ->
     assert described["training_set"]["worlds"]["first_seed"] == 1001
     for known in (summary, described["training"]):
         assert known["started"]["command"] == f"nmp-train fit {config} --out {tmp_path / 'run'} --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nmp_train.fit.SimulatedSource", "for the ground of the worlds: lower worlds.seeds, validation.seeds or"),
+        ("nmp_train.validate.validate", "for the validation.*: lower validation_drives or validation_trips"),
+    ],
+)
+def test_too_little_memory_for_worlds_names_the_settings(
+    place: str, message: str, tmp_path: Path, coarse_worlds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(place, full)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    with pytest.raises(NmpError, match=message):
+        fit(load_config(tmp_path / "tiny.yaml", ["stages.0.steps=0"]), tmp_path / "run", device_name="cpu")
+    assert (tmp_path / "run" / "network.safetensors").is_file() == ("validate" in place)
+
+
+def test_too_little_memory_for_recorded_groups_names_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tiny_config(data=DataConfig("nowhere"), stages=(StageConfig(steps=0, batch=1),))
+    monkeypatch.setattr("nmp_train.data.recorded.RecordedSource", lambda *_, **__: ColouredSource(config))
+    monkeypatch.setattr("nmp_train.evaluate.split_scenes", lambda *_: [])
+    monkeypatch.setattr("nmp_train.score.score_groups", full)
+    with pytest.raises(NmpError, match="for the validation, .* the longest groups: lower its batch"):
+        fit(config, tmp_path / "run", device_name="cpu")
 
 
 def test_how_a_run_was_started_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
