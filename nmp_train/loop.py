@@ -41,6 +41,9 @@ from nmp_train.step import (
 LOG_EVERY = 50
 """steps between two looks at the losses: each look makes a GPU wait"""
 
+Curve = Callable[[str, float, int], None]
+"""takes a name, a value and the step that it is of"""
+
 log = logging.getLogger(__name__)
 
 
@@ -113,11 +116,12 @@ def train(
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())
-    curves = _curves(out) if ranks.first else _no_curves
+    curves_of = _curves(out) if ranks.first else _no_curves
     result: dict[str, Any] = {name: getattr(progress, name) for name in ("started", "config")}
     result |= {"stages": progress.history, "device": _device_text(device), "processes": ranks.ranks}
     while progress.stage < len(config.stages):
-        stage = _Stage(network, source, config, out, device, ranks, progress, curves)
+        curve = curves_of(progress.stage, progress.step)
+        stage = _Stage(network, source, config, out, device, ranks, progress, curve)
         progress.history.append(stage.run(checkpoint))
         checkpoint = None
         if ranks.first:
@@ -152,10 +156,10 @@ class _Stage:
         device: torch.device,
         ranks: Ranks,
         progress: Progress,
-        curves: Callable[[str, float, int], None],
+        curve: Curve,
     ) -> None:
         self.network, self.source, self.config, self.out, self.device = network, source, config, out, device
-        self.ranks, self.progress, self.curves = ranks, progress, curves
+        self.ranks, self.progress, self.curve = ranks, progress, curve
         self.number = progress.stage
         self.stage: StageConfig = config.stages[self.number]
         self.name = f"stages.{self.number}"
@@ -187,6 +191,12 @@ class _Stage:
         training = TrainingStep(network, config, stage)
         for part in training.frozen:
             part.requires_grad_(False)
+        average = MovingAverage(network, config.ema_decay)
+        if checkpoint is not None and (kept := checkpoint.part("average")):
+            average.network.load_state_dict(kept)
+        if self._done() >= 1:
+            self._finish(average.network)
+            return
         groups = stage.steps * stage.batch
         batches = iter(
             self.source.loader(
@@ -198,12 +208,6 @@ class _Stage:
                 start=min(progress.step * stage.batch, groups),
             )
         )
-        average = MovingAverage(network, config.ema_decay)
-        if checkpoint is not None and (kept := checkpoint.part("average")):
-            average.network.load_state_dict(kept)
-        if self._done() >= 1:
-            self._finish(average.network)
-            return
         batch = augment(self.source.batch(next(batches)), self.config.augment)
         ready = True
         # What this stage leaves out must not wait for gradients, and decays for nothing.
@@ -324,16 +328,15 @@ class _Stage:
         mean = values.mean(dim=0).tolist()
         progress = self.progress
         progress.losses.append(round(mean[0], 6))
-        prefix = f"stage {self.number + 1}"
         for name, value in zip(names, mean, strict=True):
-            self.curves(f"{prefix}/{name}", value, last)
-        self.curves(f"{prefix}/learning rate", rate, last)
+            self.curve(name, value, last)
+        self.curve("learning rate", rate, last)
         if progress.seconds:
-            self.curves(f"{prefix}/samples per s", progress.frames / progress.seconds, last)
-            self.curves(f"{prefix}/waiting for data", progress.waited / progress.seconds, last)
+            self.curve("samples per s", progress.frames / progress.seconds, last)
+            self.curve("waiting for data", progress.waited / progress.seconds, last)
             bar.set_postfix(loss=f"{mean[0]:.3f}", samples_s=f"{progress.frames / progress.seconds:.0f}")
         if self.device.type == "cuda":
-            self.curves(f"{prefix}/GPU memory GiB", torch.cuda.max_memory_allocated(self.device) / 2**30, last)
+            self.curve("GPU memory GiB", torch.cuda.max_memory_allocated(self.device) / 2**30, last)
 
     def _summary(self) -> dict[str, Any]:
         progress = self.progress
@@ -374,23 +377,30 @@ class MovingAverage:
         torch._foreach_lerp_(self._kept, self._current, 1 - decay)
 
 
-def _curves(out: Path) -> Callable[[str, float, int], None]:
-    """Return a call that logs (name, value, step) for TensorBoard, where it is installed (extra ``train``)."""
+def _curves(out: Path) -> Callable[[int, int], Curve]:
+    """Return what opens the curves of a stage for TensorBoard, by its number and the steps of it that are done."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        log.warning("no curves: TensorBoard is not installed (pip install tensorboard)")
         return _no_curves
-    writer = SummaryWriter(str(out / "curves"))
 
-    def curve(name: str, value: float, step: int) -> None:
-        writer.add_scalar(name, value, step)
-        writer.flush()
+    def opened(stage: int, done: int) -> Curve:
+        # A run of its own for every stage: what a killed process wrote beyond the checkpoint is hidden from a step on,
+        # in all curves of the run.
+        writer = SummaryWriter(str(out / "curves" / f"stage-{stage + 1}"), purge_step=done + 1)
 
-    return curve
+        def curve(name: str, value: float, step: int) -> None:
+            writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return curve
+
+    return opened
 
 
-def _no_curves(name: str, value: float, step: int) -> None:
-    pass
+def _no_curves(stage: int, done: int) -> Curve:
+    return lambda name, value, step: None
 
 
 def _device_text(device: torch.device) -> str:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, multiprocessing, nn
 from training_fixtures import TINY_NETWORK, ColouredSource, tiny_config, tiny_network, train_in_process
 
@@ -210,6 +212,14 @@ def test_the_prior_is_trained_without_dropout_of_it(vectors: bool, tmp_path: Pat
     assert not torch.equal(before, network.fusion.latent.weight)
 
 
+def test_a_stage_of_no_steps_asks_for_no_data(tmp_path: Path) -> None:
+    """Many processes could not share it."""
+    config = tiny_config(stages=(StageConfig(steps=0, batch=2),))
+    source = ColouredSource(config)
+    source.loader = None  # type: ignore[assignment]
+    assert train(tiny_network(), source, config, tmp_path, device=CPU)["stages"][0]["steps"] == 0
+
+
 def test_only_what_a_stage_uses_is_trained(tmp_path: Path) -> None:
     network = tiny_network()
     config = tiny_config(stages=(StageConfig(seconds=0, steps=2, batch=2, warmup_steps=1, learning_rate=0.1),))
@@ -363,6 +373,33 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: p
     assert done is not None and done.progress["stage"] == 1
     # Nothing is left to do, and no data is made for it.
     assert fit(config, tmp_path / "halves", device_name="cpu", resume=True)["stages"][0]["losses"] == expected
+
+
+def test_curves_go_on_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    stage = tiny_config().stages[0]
+    config = tiny_config(checkpoint_every=3, stages=(replace(stage, steps=5), stage))
+    source = ColouredSource(config)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 11)  # in the second stage, two steps beyond the checkpoint
+        with pytest.raises(Killed):
+            train(tiny_network(), source, config, tmp_path, device=CPU)
+    train(tiny_network(), source, config, tmp_path, device=CPU, checkpoint=load_checkpoint(tmp_path))
+    for name, steps in (("stage-1", 5), ("stage-2", 6)):
+        curves = EventAccumulator(str(tmp_path / "curves" / name)).Reload()
+        for curve in ("loss", "gradient norm", "learning rate"):
+            assert [event.step for event in curves.Scalars(curve)] == list(range(1, steps + 1))
+
+
+def test_a_run_without_tensorboard_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    stage = StageConfig(seconds=0, steps=1, batch=2)
+    config = tiny_config(stages=(stage, stage))
+    train(tiny_network(), ColouredSource(config), config, tmp_path, device=CPU)
+    assert caplog.text.count("no curves: TensorBoard is not installed") == 1
+    assert not (tmp_path / "curves").exists()
 
 
 def test_a_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> None:
