@@ -57,6 +57,8 @@ class DataConfig:
     split: str = "train"
     """scenes to train on: a name in ``<version>/splits.json``, or one of the official devkit"""
     validation_split: str = "val"
+    splits: str | None = None
+    """file of lists of scenes by split, as ``nmp-train splits`` writes it, instead of ``<version>/splits.json``"""
 
 
 @dataclass(frozen=True)

@@ -547,15 +547,19 @@ def _work(part: Job) -> Breakdown:
     return score(part, scene_done)
 
 
-def split_scenes(split: str, dataroot: Path, version: str) -> list[str]:
+def split_scenes(split: str, dataroot: Path, version: str, splits: Path | None = None) -> list[str]:
     """Return the scenes of a split: a name in ``<version>/splits.json`` where there is one, else in the devkit.
 
-    Raises :class:`NmpError` for a split that is in neither, and for a version that the data set has not.
+    :param splits: file to take them from instead
+
+    Raises :class:`NmpError` for a split that is not there, for a version that the data set has not, and for a file that
+    cannot be read.
     """
-    path = dataroot / version / "splits.json"
-    if not path.parent.is_dir():
+    tables = dataroot / version
+    if not tables.is_dir():
         raise NmpError(f"{dataroot} has no tables '{version}': check --dataroot and --version")
-    if path.is_file():
+    path = splits or tables / "splits.json"
+    if splits or path.is_file():
         try:
             known = {str(name): [str(scene) for scene in names] for name, names in json.loads(path.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -580,6 +584,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         help="score the scenes of this split, of <version>/splits.json or of the official devkit (default: all scenes)",
+    )
+    parser.add_argument(
+        "--splits", type=Path, metavar="FILE", help="take the splits from there, as 'nmp-train splits' writes it"
     )
     parser.add_argument("--train-split", default="train", help="for train_trips (default: %(default)s)")
     parser.add_argument(
@@ -608,8 +615,14 @@ def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp-train eval``."""
     if args.protocol == "train_trips" and args.split is None:
         raise NmpError("train_trips scores other scenes than those of --train-split: name them with --split")
-    scenes = None if args.split is None else split_scenes(args.split, args.dataroot, args.version)
-    train = split_scenes(args.train_split, args.dataroot, args.version) if args.protocol == "train_trips" else []
+
+    def scenes_of(split: str) -> list[str]:
+        return split_scenes(split, args.dataroot, args.version, args.splits)
+
+    if args.splits is not None and args.split is None:
+        raise NmpError(f"--splits {args.splits} holds several splits: choose one of them with --split")
+    scenes = None if args.split is None else scenes_of(args.split)
+    train = scenes_of(args.train_split) if args.protocol == "train_trips" else []
     noisy = args.pose_noise != 0 or args.yaw_noise != 0
     result = evaluate_dataset(
         args.weights,

@@ -217,10 +217,11 @@ def _recorded(config: TrainConfig, data: DataConfig, device: torch.device, ranks
     from nmp_train.score import score_groups
 
     root = Path(data.dataroot).expanduser()
+    splits = None if data.splits is None else Path(data.splits).expanduser()
 
     def of(split: str, augmented: bool) -> Source:
         try:
-            scenes = split_scenes(split, root, data.version)
+            scenes = split_scenes(split, root, data.version, splits)
         except ImportError as error:
             raise NmpError(
                 f"split {split!r} needs the nuScenes devkit ({error}): install it, or write "

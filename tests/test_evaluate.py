@@ -323,6 +323,23 @@ def test_splits_are_those_of_the_data_set_or_of_the_devkit(site: Site, tmp_path:
         split_scenes("val", tmp_path, VERSION)
 
 
+def test_splits_of_another_file(site: Site, mapper: Mapper, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"val": ["scene-0004"]}))
+    assert split_scenes("val", site.root, VERSION, mine) == ["scene-0004"]
+    assert split_scenes("val", site.root, VERSION) == SPLITS["val"]
+    arguments = ["eval", "--dataroot", str(site.root), "--splits"]
+    assert main([*arguments, str(mine), "--split", "val", "--no-vectors"]) == 0
+    assert {site.scene_at(frame.stamp_ns) for _, frames in mapper.runs for frame in frames} == {"scene-0004"}
+    for more, message in (
+        ([str(mine)], "choose one of them with --split"),
+        ([str(mine), "--split", "train"], f"no split 'train' in {mine}: choose from val"),
+        ([str(tmp_path / "none.json"), "--split", "val"], "none.json holds no lists of scenes by split"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -584,6 +584,23 @@ def test_too_little_memory_for_recorded_groups_names_the_settings(
         fit(config, tmp_path / "run", device_name="cpu")
 
 
+def test_splits_of_another_file_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "v1.0-trainval").mkdir(parents=True)
+    (tmp_path / "mine.json").write_text('{"train": ["scene-0001"], "held out": ["scene-0002"]}')
+    (tmp_path / "c.yaml").write_text(f"data: {{dataroot: {tmp_path / 'data'}, validation_split: held out}}")
+    config = load_config(tmp_path / "c.yaml", [f"data.splits={tmp_path / 'mine.json'}", "stages=[{steps: 0}]"])
+    drawn: list[list[str]] = []
+
+    def source(root: Path, version: str, scenes: list[str], *_: Any, **__: Any) -> ColouredSource:
+        drawn.append(scenes)
+        return ColouredSource(tiny_config())
+
+    monkeypatch.setattr("nmp_train.data.recorded.RecordedSource", source)
+    monkeypatch.setattr("nmp_train.score.score_groups", lambda *_: {})
+    fit(config, tmp_path / "run", device_name="cpu")
+    assert sorted(drawn) == [["scene-0001"], ["scene-0002"]]
+
+
 def test_how_a_run_was_started_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_network(BEVNetwork(SMALL), tmp_path / "other.safetensors", {})
     monkeypatch.setattr("nmp_train.fit._sources", lambda config, device, ranks: (ColouredSource(config), None))
