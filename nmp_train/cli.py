@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,7 +221,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 nobody reads the output, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(argv).parse_args(argv)
+    parser = _parser(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positionals in one piece only; overrides may come behind options, too.
+    if rest and hasattr(arguments, "override") and not any(text.startswith("-") for text in rest):
+        arguments.override += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.command_line = shlex.join([parser.prog, *argv])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         arguments.run(arguments)

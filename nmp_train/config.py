@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -55,6 +57,8 @@ class DataConfig:
     split: str = "train"
     """scenes to train on: a name in ``<version>/splits.json``, or one of the official devkit"""
     validation_split: str = "val"
+    splits: str | None = None
+    """file of lists of scenes by split, as ``nmp-train splits`` writes it, instead of ``<version>/splits.json``"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class StageConfig:
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
     warmup_steps: int = 200
+    """steps in which the learning rate rises from zero; 0 for none"""
     freeze_images: bool = False
     """keep backbone and neck as they are, statistics of their batch norms included"""
     alignment_only: bool = False
@@ -161,37 +166,107 @@ class TrainConfig:
 
 
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """Read a YAML file and apply overrides such as ``stages.0.batch=8``."""
+    """Read a YAML file and apply overrides such as ``stages.0.batch=8``.
+
+    Raises :class:`NmpError` for a file that cannot be read, and for a key or value that makes no sense.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise NmpError(f"cannot read configuration {path} ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise NmpError(f"{path} is not valid YAML ({error})") from error
+        values = _parse(Path(path).read_text(), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise NmpError(f"cannot read configuration {path} ({getattr(error, 'strerror', None) or error})") from error
+    defaults = _default_values()
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise NmpError(f"override {override!r} must look like key=value")
-        _assign(values, key.split("."), yaml.safe_load(text), override)
+        if not isinstance(values, dict):
+            break  # is told below
+        # With what the file leaves out: so that stages.0.batch is there to be set.
+        values = _completed(values, defaults)
+        _assign(values, key.split("."), _parse(text, f"override {override!r}"), override)
     return _build(TrainConfig, values, str(path))
 
 
-def _assign(values: Any, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        try:
-            values = values[int(key)] if isinstance(values, list) else values.setdefault(key, {})
-        except (ValueError, IndexError, AttributeError) as error:
-            raise NmpError(f"override {override!r}: there is no {key!r} to set") from error
-    if isinstance(values, list):
-        raise NmpError(f"override {override!r}: name a key of the list entry")
-    values[keys[-1]] = value
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does; to PyYAML it is text for want of a point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise NmpError(f"{where} is not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def _default_values() -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(TrainConfig().to_dict()))
+    return values
+
+
+def _completed(values: Any, defaults: Any) -> Any:
+    """Return nested values with those of ``defaults`` where a key is missing."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return defaults | {key: _completed(value, defaults.get(key)) for key, value in values.items()}
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    inside: Any = {"": values}
+    at: Any = ""
+    for key in keys:
+        if inside[at] is None:  # a section that may be left out
+            inside[at] = {}
+        inside = inside[at]
+        if isinstance(inside, list):
+            if not key.isdecimal() or int(key) >= len(inside):
+                raise NmpError(f"override {override!r}: there is no {key!r} to set, but 0 to {len(inside) - 1}")
+            at = int(key)
+        elif isinstance(inside, dict):
+            at = key
+            inside.setdefault(key)
+        else:
+            raise NmpError(f"override {override!r}: there is no {key!r} to set in {inside!r}")
+    inside[at] = value
+
+
+_RANGES = {
+    **dict.fromkeys(
+        ("seed", "workers", "positive_weight", "backbone_rate", "backbone_frozen", "position_noise_m", "yaw_noise_rad")
+        + ("validation_drives", "validation_groups", "turn_rad", "seeds", "first_seed", "difficulties", "count")
+        + ("seconds", "steps", "learning_rate", "weight_decay", "warmup_steps"),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("supersample", "checkpoint_every", "batch", "group", "drives"), (1, math.inf)),
+    **dict.fromkeys(("ema_decay", "prior_dropout", "changed_share"), (0, 1)),
+    **dict.fromkeys(("zoom", "shift", "colour", "drop_camera", "mirror"), (0, 1)),
+    "validation_trips": (1, 4),
+}
+"""smallest and largest value of a number, by its name"""
+_POSITIVE = ("clip_norm", "size_m", "duration_s", "radius_m")
+"""numbers that have to be more than 0"""
+
+
+def _in_range(name: str, value: float, where: str) -> None:
+    if not math.isfinite(value):
+        raise NmpError(f"{where} must be a finite number, got {value}")
+    if name in _POSITIVE and value <= 0:
+        raise NmpError(f"{where} is {value:g}: choose more than 0")
+    least, most = _RANGES.get(name, (-math.inf, math.inf))
+    if not least <= value <= most:
+        choice = f"{least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
+        raise NmpError(f"{where} is {value:g}: choose {choice}")
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise NmpError(f"{where}: expected keys and values, got {values!r}")
     hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted({str(key) for key in values} - set(hints))
     if unknown:
         raise NmpError(f"{where}: unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
@@ -215,17 +290,25 @@ def _build(kind: Any, values: Any, where: str) -> Any:
                 raise NmpError(f"{here} must be one of {', '.join(get_args(hint))}, got {value!r}")
             out[name] = value
         elif name == "difficulties":
-            if not isinstance(value, list) or not value or not all(isinstance(v, int | float) for v in value):
+            if not isinstance(value, list) or not value or not all(_is_number(v) for v in value):
                 raise NmpError(f"{here} must be a list of numbers such as [0.5, 1.0], got {value!r}")
+            for one in value:
+                _in_range(name, one, here)
             out[name] = tuple(float(v) for v in value)
         elif name == "stages":
             if not isinstance(value, list) or not value:
                 raise NmpError(f"{here} must be a list of at least one stage, got {value!r}")
             out[name] = tuple(_build(StageConfig, v, f"{here}[{i}]") for i, v in enumerate(value))
         else:
-            if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            if hint is float and _is_number(value):
                 value = float(value)
             if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
                 raise NmpError(f"{here} must be {hint.__name__}, got {value!r}")
+            if hint in (int, float):
+                _in_range(name, value, here)
             out[name] = value
     return kind(**out)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

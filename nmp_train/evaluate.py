@@ -53,8 +53,8 @@ defines the scores. Protocols:
 
   nmp-train eval --dataroot data/bench --protocol earlier_trips
   nmp-train eval my.safetensors --dataroot data/bench --split val --protocol train_trips --json scores.json
-  nmp-train eval my.safetensors --dataroot data/bench --workers 4 --device cuda
-  torchrun --nproc-per-node 8 -m nmp_train.cli eval my.safetensors --dataroot data/bench --device cuda"""
+  nmp-train eval my.safetensors --dataroot data/bench --workers 4 --device cpu
+  torchrun --nproc-per-node 8 -m nmp_train.cli eval my.safetensors --dataroot data/bench"""
 
 PROTOCOLS = {
     "no_prior": "every frame on its own",
@@ -66,8 +66,8 @@ SAME_PLACE_M = 10.0
 """an earlier drive passed here if it came this close"""
 MANY_TRIPS = 5
 """places that were driven as often or more often are counted together"""
-APART_M = 80.0
-"""scenes that stay this far apart share nothing of a prior: a frame reaches 34 m, and poses have errors"""
+APART_M = 13.0
+"""scenes whose regions stay this far apart share nothing of a prior: poses have errors, too"""
 CHANGED_M = 5.0
 """cells this close to a line or an area that changed are a changed place"""
 SAME_M = 0.1
@@ -268,7 +268,7 @@ class Job:
     train: tuple[Scene, ...] = ()
     """to write the prior of ``train_trips``, in the order in which they were driven"""
     device: str | None = None
-    """None leaves the choice to the mapper"""
+    """None for a GPU where there is one"""
     noise: LocalisationNoise | None = None
     vectors: bool = True
     changed: bool = False
@@ -297,7 +297,7 @@ def evaluate_dataset(
 
     :param weights: .safetensors file, None for the weights that come with nmp
     :param train_scenes: for ``train_trips``: they write the prior, and are not scored
-    :param device: of the mapper; ``cuda`` deals the GPUs out to the processes
+    :param device: of the mapper, None for a GPU where there is one; where there are several, each process has its own
     :param noise: an error of the poses that the mapper is told, on top of that of the data set
     :param vectors: score map elements, too
     :param changed: score the places that have changed since the map was drawn apart from the others
@@ -356,10 +356,10 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
     maps = CityMaps(job.dataroot)
     changes = _Changes(job.dataroot, {s.location for s in job.scenes}) if job.changed else None
     history = _History()
-    more: dict[str, Any] = {} if job.device is None else {"device": job.device}
+    device = job.device or "auto"
     with tempfile.TemporaryDirectory(prefix="nmp-eval-") as folder:
         shared = Path(folder, "shared")
-        with OnlineMapper(job.weights, shared, use_prior=job.protocol != "no_prior", **more) as mapper:
+        with OnlineMapper(job.weights, shared, use_prior=job.protocol != "no_prior", device=device) as mapper:
             breakdown = Breakdown(mapper.grid)
             for written in job.train:
                 scene = _believed(written, job)
@@ -418,8 +418,8 @@ def _map(mapper: OnlineMapper, scene: SceneFrames, frame: Frame) -> LocalMap:
 def shards(job: Job, count: int) -> list[Job]:
     """Part a job into at most ``count`` that give, merged, exactly the scores of the whole.
 
-    Where scenes share a prior, all scenes that come within ``APART_M`` of each other, directly or over others, stay
-    together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
+    Where scenes share a prior, all scenes whose regions come within ``APART_M`` of each other, directly or over others,
+    stay together. What stays together is dealt out from the largest on, always to the job that has the fewest frames.
     """
     from nmp_train.data.sampler import Places, dealt
 
@@ -434,7 +434,7 @@ def shards(job: Job, count: int) -> list[Job]:
             scene=np.repeat(group, lengths),
             time_s=np.zeros(len(samples)),
         )
-        group = where.streets(APART_M)
+        group = where.streets(2 * _grid_of(job.weights).reach + APART_M)
     size = np.bincount(group, weights=lengths).astype(int)
     if size.max() * count > 1.5 * size.sum():
         log.info("%d of %d frames lie in one connected part of a city and stay in one process", size.max(), size.sum())
@@ -451,20 +451,30 @@ def shards(job: Job, count: int) -> list[Job]:
     return [part for part in parts if part.scenes]
 
 
+def _grid_of(weights: Path | None) -> BevGrid:
+    from nmp.model import NetworkConfig
+    from nmp.model.weights import read_description
+
+    return NetworkConfig.from_dict(read_description(weights)["network"]).layer_grid
+
+
 def _device(device: str | None, process: int) -> str | None:
-    if device != "cuda":
-        return device
+    """Return the device of one of several processes on a machine: GPUs are dealt out to them."""
     import torch
 
-    return f"cuda:{process % max(1, torch.cuda.device_count())}"
+    if device not in (None, "auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{process % torch.cuda.device_count()}"
 
 
 def _on_torchrun(job: Job, progress: bool) -> Breakdown:
     import torch.distributed as dist
 
+    from nmp_train.distributed import PATIENCE
+
     started = not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)  # shards need not be of one size
     try:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         parts = shards(job, ranks)
@@ -537,15 +547,19 @@ def _work(part: Job) -> Breakdown:
     return score(part, scene_done)
 
 
-def split_scenes(split: str, dataroot: Path, version: str) -> list[str]:
+def split_scenes(split: str, dataroot: Path, version: str, splits: Path | None = None) -> list[str]:
     """Return the scenes of a split: a name in ``<version>/splits.json`` where there is one, else in the devkit.
 
-    Raises :class:`NmpError` for a split that is in neither, and for a version that the data set has not.
+    :param splits: file to take them from instead
+
+    Raises :class:`NmpError` for a split that is not there, for a version that the data set has not, and for a file that
+    cannot be read.
     """
-    path = dataroot / version / "splits.json"
-    if not path.parent.is_dir():
+    tables = dataroot / version
+    if not tables.is_dir():
         raise NmpError(f"{dataroot} has no tables '{version}': check --dataroot and --version")
-    if path.is_file():
+    path = splits or tables / "splits.json"
+    if splits or path.is_file():
         try:
             known = {str(name): [str(scene) for scene in names] for name, names in json.loads(path.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -571,6 +585,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         help="score the scenes of this split, of <version>/splits.json or of the official devkit (default: all scenes)",
     )
+    parser.add_argument(
+        "--splits", type=Path, metavar="FILE", help="take the splits from there, as 'nmp-train splits' writes it"
+    )
     parser.add_argument("--train-split", default="train", help="for train_trips (default: %(default)s)")
     parser.add_argument(
         "--vectors",
@@ -589,7 +606,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--yaw-noise", type=float, default=0.0, metavar="RAD", help="standard deviation of an added error of yaw, rad"
     )
-    parser.add_argument("--device", help="cuda or cpu; cuda deals the GPUs out to the processes")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: a GPU for each process, where there are)")
     parser.add_argument("--workers", type=int, default=1, help="processes; the scores are the same (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
 
@@ -598,8 +615,14 @@ def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp-train eval``."""
     if args.protocol == "train_trips" and args.split is None:
         raise NmpError("train_trips scores other scenes than those of --train-split: name them with --split")
-    scenes = None if args.split is None else split_scenes(args.split, args.dataroot, args.version)
-    train = split_scenes(args.train_split, args.dataroot, args.version) if args.protocol == "train_trips" else []
+
+    def scenes_of(split: str) -> list[str]:
+        return split_scenes(split, args.dataroot, args.version, args.splits)
+
+    if args.splits is not None and args.split is None:
+        raise NmpError(f"--splits {args.splits} holds several splits: choose one of them with --split")
+    scenes = None if args.split is None else scenes_of(args.split)
+    train = scenes_of(args.train_split) if args.protocol == "train_trips" else []
     noisy = args.pose_noise != 0 or args.yaw_noise != 0
     result = evaluate_dataset(
         args.weights,

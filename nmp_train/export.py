@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from nmp.errors import NmpError
+from nmp.evaluation import nan_as_null
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.model.runner import Runner, example_inputs, output_difference, window_side
 from nmp.model.weights import fill, read_description
 from nmp_train import checkpoint
+from nmp_train.score import Scores
 
 HELP = """\
 Write the weights of a training run for the mapping node: a .safetensors file with a .json beside it. Optimiser, moving
@@ -44,7 +46,8 @@ def export(
     """Write ``out`` and the JSON beside it; return what was written and how exact it is.
 
     :param source: output folder of ``nmp-train fit``, or weights
-    :param metrics: JSON files, as ``nmp-train eval`` writes them, to keep in the JSON under their names
+    :param metrics: JSON files, as ``nmp-train eval`` writes them, to keep in the JSON under their names, beside the
+        scores that are there
     :param dtype: half or float, of the numbers on disk
     :param max_mib: largest size of the file, MiB
     :param vectors: False leaves out the heads for instances and directions
@@ -56,15 +59,10 @@ def export(
     """
     if out.suffix != ".safetensors":
         raise NmpError(f"--out {out} must end in .safetensors")
-    network, training = _read(source)
+    network, training, known = _read(source)
     if not vectors:
         network = _without_vectors(network, source)
-    scores = {path.stem: _metrics(path) for path in metrics or []}
-    config = training.get("config") or {}
-    extra = {
-        "training_set": {key: config[key] for key in ("data", "worlds") if config.get(key) is not None},
-        "metrics": scores,
-    }
+    extra = described(training, known | {path.stem: _metrics(path) for path in metrics or []})
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".nmp-export-", dir=out.parent) as folder:
         written = Path(folder, out.name)
@@ -91,17 +89,42 @@ def export(
     return {"file": str(out), "fingerprint": fingerprint, "mib": round(mib, 2), "difference": difference}
 
 
-def _read(source: Path) -> tuple[BEVNetwork, dict[str, Any]]:
-    """Return the network in evaluation mode, and what is known of its training."""
+def described(training: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what else the JSON beside weights says, for the reader: what they learned from, and their scores.
+
+    :param training: what is known of the run, with its ``config``
+    :param metrics: by name, each as ``nmp-train eval`` writes them
+    """
+    config = training.get("config") or {}
+    return {
+        "training_set": {key: config[key] for key in ("data", "worlds") if config.get(key) is not None},
+        "metrics": metrics,
+    }
+
+
+def metrics_of(scores: Scores) -> dict[str, Any]:
+    """Return the scores of a stage of training as ``nmp-train eval`` writes them, by system (``no prior``, ...)."""
+    metrics: dict[str, Any] = nan_as_null(
+        {
+            system: {**parts.get("all", {}), "breakdown": {part: row for part, row in parts.items() if part != "all"}}
+            for system, parts in scores.items()
+        }
+    )
+    return metrics
+
+
+def _read(source: Path) -> tuple[BEVNetwork, dict[str, Any], dict[str, Any]]:
+    """Return the network in evaluation mode, what is known of its training, and its scores by name."""
     weights = source / "network.safetensors" if source.is_dir() else source
     if weights.name == checkpoint.NAME or not weights.is_file():
         found = checkpoint.load_checkpoint(weights.parent)
         if found is not None:
-            return _from_checkpoint(found, weights.parent / checkpoint.NAME)
+            return *_from_checkpoint(found, weights.parent / checkpoint.NAME), {}
         if source.is_dir():
             raise NmpError(f"{source} has no network.safetensors: give the output folder of 'nmp-train fit'")
     network, _ = load_network(weights)
-    return network, dict(read_description(weights).get("training") or {})
+    description = read_description(weights)
+    return network, dict(description.get("training") or {}), dict(description.get("metrics") or {})
 
 
 def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwork, dict[str, Any]]:
@@ -118,7 +141,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwo
         remedy="train again",
         damage=f"{path} holds NaN or infinite weights: use an earlier run",
     )
-    known: dict[str, Any] = {key: progress[key] for key in ("config", "stage", "step") if key in progress}
+    known: dict[str, Any] = {key: progress[key] for key in ("config", "stage", "step", "started") if key in progress}
     return network.eval(), known
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nmp import __version__
 from nmp.errors import NmpError
 from nmp.metrics import format_table
 from nmp.model import BEVNetwork, load_network
@@ -45,6 +47,7 @@ def fit(
     first_stage: int = 1,
     device_name: str | None = None,
     resume: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
@@ -52,6 +55,7 @@ def fit(
     :param backbone: weights of another network, or of a torchvision ResNet, to begin with their backbone
     :param device_name: cuda or cpu; None for a GPU where there is one
     :param resume: go on from the checkpoint in ``out``, if there is one
+    :param command: the command line, to be kept with the weights
     :return: the summary that is also written to ``<out>/training.json``
 
     Raises :class:`NmpError` for weights that do not fit, data that is missing, and what :func:`~nmp_train.loop.train`
@@ -96,6 +100,13 @@ def fit(
             first_stage=first_stage,
             checkpoint=checkpoint,
             score=score,
+            started={
+                "command": command,
+                "nmp": __version__,
+                "start": str(start) if start else None,
+                "backbone": str(backbone) if backbone else None,
+                "first_stage": first_stage,
+            },
         )
     finally:
         ranks.leave()
@@ -154,24 +165,46 @@ def _copy_backbone(network: BEVNetwork, source: Path) -> None:
     network.backbone.load_state_dict(other.backbone.state_dict())
 
 
+@contextlib.contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Say what the memory of the GPU was too small for; the steps of training say it themselves."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NmpError(f"the GPU has too little memory for {what}: {remedy}") from error
+
+
+_LESS_GROUND = "lower worlds.seeds, validation.seeds or size_m of either"
+_LESS_VALIDATION = (
+    "lower validation_drives or validation_trips and go on with --resume; the weights of the stage are kept"
+)
+
+
 def _sources(config: TrainConfig, device: torch.device, ranks: Ranks) -> tuple[Source, Score | None]:
     """Return what to train on, and for the first process how to judge a network on what was held out."""
     if config.data is not None:
         return _recorded(config, config.data, device, ranks)
     from nmp_train.validate import validate
 
-    worlds = make_worlds(config.worlds, config.workers)
+    reach = config.network.layer_grid.reach
+    worlds = make_worlds(config.worlds, config.workers, reach_m=reach)
     if not ranks.first:
-        return SimulatedSource(worlds, config, device), None
-    held_out = make_worlds(config.validation, config.workers, held_out=True, trips=config.validation_trips)
+        with _memory_for("the ground of the worlds", _LESS_GROUND):
+            return SimulatedSource(worlds, config, device), None
+    held_out = make_worlds(
+        config.validation, config.workers, held_out=True, trips=config.validation_trips, reach_m=reach
+    )
     # One ground for both: a second one of another size would be compiled for anew.
-    both = SimulatedSource(worlds + held_out, config, device)
+    with _memory_for("the ground of the worlds", _LESS_GROUND):
+        both = SimulatedSource(worlds + held_out, config, device)
     judged = both.part(len(worlds), augmented=False)
 
     def score(network: BEVNetwork, stage: StageConfig) -> dict[str, Any]:
         with_prior = stage.group > 1  # otherwise it is not trained yet
         trips = config.validation_trips if with_prior else 1
-        scores = validate(network, judged, config, drives=config.validation_drives, trips=trips, with_prior=with_prior)
+        drives = config.validation_drives
+        with _memory_for("the validation, which keeps the features of all of its drives", _LESS_VALIDATION):
+            scores = validate(network, judged, config, drives=drives, trips=trips, with_prior=with_prior)
         print(_table(scores), flush=True)
         return scores
 
@@ -184,10 +217,11 @@ def _recorded(config: TrainConfig, data: DataConfig, device: torch.device, ranks
     from nmp_train.score import score_groups
 
     root = Path(data.dataroot).expanduser()
+    splits = None if data.splits is None else Path(data.splits).expanduser()
 
     def of(split: str, augmented: bool) -> Source:
         try:
-            scenes = split_scenes(split, root, data.version)
+            scenes = split_scenes(split, root, data.version, splits)
         except ImportError as error:
             raise NmpError(
                 f"split {split!r} needs the nuScenes devkit ({error}): install it, or write "
@@ -199,7 +233,11 @@ def _recorded(config: TrainConfig, data: DataConfig, device: torch.device, ranks
 
     def score(network: BEVNetwork, stage: StageConfig) -> dict[str, Any]:
         assert judged is not None
-        scores = score_groups(network, judged, config)
+        with _memory_for(
+            "the validation, which has the batches of the stage with the longest groups",
+            "lower its batch; the weights of this stage are kept",
+        ):
+            scores = score_groups(network, judged, config)
         print(_table(scores), flush=True)
         return scores
 
@@ -244,4 +282,5 @@ def run(args: argparse.Namespace) -> None:
         first_stage=args.first_stage,
         device_name=args.device,
         resume=args.resume,
+        command=args.command_line,
     )

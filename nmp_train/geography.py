@@ -35,7 +35,7 @@ CUT_M = 60.0
 LEAST_FRAMES = 40
 """poses at 2 Hz that are worth a world: 20 s"""
 APART_M = 70.0
-"""between frames of training and held-out frames: no street is in the labels of both (their diagonals are 67 m)"""
+"""between frames of training and held-out frames, at least: no street is in the labels of both"""
 EVERY_HELD_OUT = 5
 """one site in so many is held out; no multiple of the number of cities, so that each has its turn"""
 RATE_HZ = 2.0
@@ -57,12 +57,16 @@ class Site:
         return sum(len(d.times_s) for d in self.drives)
 
 
-def find_sites(drives: Sequence[Trajectory], *, size_m: float = SITE_M) -> tuple[list[Site], list[Site]]:
+def find_sites(
+    drives: Sequence[Trajectory], *, size_m: float = SITE_M, reach_m: float = 0.0
+) -> tuple[list[Site], list[Site]]:
     """Return the sites of recorded drives, to train on and held out.
 
     Squares that hold as many frames as possible, the fullest first, the cities in turn; no frame is in two of them.
-    Every fifth site is held out, and training leaves out the frames within 70 m of its frames: what the labels of one
-    side show, those of the other do not. The same drives give the same sites.
+    Every fifth site is held out, and training leaves out the frames within 70 m of its frames, or more where labels
+    reach further: what the labels of one side show, those of the other do not. The same drives give the same sites.
+
+    :param reach_m: how far labels reach from the car, m
 
     Raises :class:`NmpError` when the drives do not fill two sites.
     """
@@ -81,7 +85,8 @@ def find_sites(drives: Sequence[Trajectory], *, size_m: float = SITE_M) -> tuple
         others = [d.poses_xyyaw[:, :2] for s in held_out if s.location == site.location for d in s.drives]
         if others:
             tree = cKDTree(np.concatenate(others))
-            kept = [_runs(d, tree.query(d.poses_xyyaw[:, :2])[0] > APART_M) for d in site.drives]
+            apart = max(APART_M, 2 * reach_m)
+            kept = [_runs(d, tree.query(d.poses_xyyaw[:, :2])[0] > apart) for d in site.drives]
             site = replace(site, drives=[run for runs in kept for run in runs])
         if site.frames >= LEAST_FRAMES:
             training.append(site)

@@ -25,6 +25,8 @@ from nmp_train.checkpoint import NAME, Checkpoint, check_same_run, save_checkpoi
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Source, augment
 from nmp_train.distributed import Ranks
+from nmp_train.export import described, metrics_of
+from nmp_train.score import Scores
 from nmp_train.step import (
     POSE_DRAWS,
     Draws,
@@ -38,6 +40,9 @@ from nmp_train.step import (
 
 LOG_EVERY = 50
 """steps between two looks at the losses: each look makes a GPU wait"""
+
+Curve = Callable[[str, float, int], None]
+"""takes a name, a value and the step that it is of"""
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """summaries of the stages that are done"""
     config: dict[str, Any] = field(default_factory=dict)
+    started: dict[str, Any] = field(default_factory=dict)
+    """how the run was begun, for the reader of its weights"""
 
 
 def train(
@@ -74,17 +81,18 @@ def train(
     first_stage: int = 1,
     checkpoint: Checkpoint | None = None,
     score: Callable[[BEVNetwork, StageConfig], dict[str, Any]] | None = None,
-    about: dict[str, Any] | None = None,
+    started: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
     :param network: on ``device``; trained in place
     :param checkpoint: where to go on; takes the place of ``first_stage`` and of the weights
     :param score: judges the network after each stage, in the first process
-    :param about: more for the summary
+    :param started: how the run was begun, for the summary; that of the checkpoint takes its place
     :return: the summary that is also written to ``<out>/training.json``
 
-    Raises :class:`NmpError` when a loss is not finite, memory runs out or the processes cannot share a batch.
+    Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a
+    batch.
     """
     ranks = ranks or Ranks()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -93,7 +101,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress = Progress(first_stage - 1)
+    progress = Progress(first_stage - 1, started=started or {})
     if checkpoint is not None:
         check_same_run(checkpoint, config.to_dict(), out)
         progress = Progress(**checkpoint.progress)
@@ -108,24 +116,32 @@ def train(
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())
-    curves = _curves(out) if ranks.first else _no_curves
-    result = {"stages": progress.history, "config": progress.config, "device": _device_text(device)} | (about or {})
-    result["processes"] = ranks.ranks
+    curves_of = _curves(out) if ranks.first else _no_curves
+    result: dict[str, Any] = {name: getattr(progress, name) for name in ("started", "config")}
+    result |= {"stages": progress.history, "device": _device_text(device), "processes": ranks.ranks}
     while progress.stage < len(config.stages):
-        stage = _Stage(network, source, config, out, device, ranks, progress, curves)
+        curve = curves_of(progress.stage, progress.step)
+        stage = _Stage(network, source, config, out, device, ranks, progress, curve)
         progress.history.append(stage.run(checkpoint))
         checkpoint = None
         if ranks.first:
-            save_network(network, out / "network.safetensors", result)
+            scores: Scores = {}
+            _save(network, out, result, scores)
             if score is not None:
-                progress.history[-1]["scores"] = score(network, stage.stage)
-            save_network(network, out / "network.safetensors", result)
+                scores = progress.history[-1]["scores"] = score(network, stage.stage)
+                _save(network, out, result, scores)
             (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-        progress = Progress(progress.stage + 1, history=progress.history, config=progress.config)
+        progress = Progress(
+            progress.stage + 1, history=progress.history, config=progress.config, started=progress.started
+        )
         if ranks.first:
             save_checkpoint(out, vars(progress), network)
         ranks.wait()
     return result
+
+
+def _save(network: BEVNetwork, out: Path, result: dict[str, Any], scores: Scores) -> None:
+    save_network(network, out / "network.safetensors", result, extra=described(result, metrics_of(scores)))
 
 
 class _Stage:
@@ -140,15 +156,15 @@ class _Stage:
         device: torch.device,
         ranks: Ranks,
         progress: Progress,
-        curves: Callable[[str, float, int], None],
+        curve: Curve,
     ) -> None:
         self.network, self.source, self.config, self.out, self.device = network, source, config, out, device
-        self.ranks, self.progress, self.curves = ranks, progress, curves
+        self.ranks, self.progress, self.curve = ranks, progress, curve
         self.number = progress.stage
         self.stage: StageConfig = config.stages[self.number]
         self.name = f"stages.{self.number}"
         self.pending: list[tuple[dict[str, Tensor], list[str]]] = []
-        """losses of the steps since the last look, and what they were computed from"""
+        """losses and norm of the gradient of the steps since the last look, and what they were computed from"""
         ranks.share(self.stage.batch, f"{self.name}.batch")
 
     def run(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -175,6 +191,12 @@ class _Stage:
         training = TrainingStep(network, config, stage)
         for part in training.frozen:
             part.requires_grad_(False)
+        average = MovingAverage(network, config.ema_decay)
+        if checkpoint is not None and (kept := checkpoint.part("average")):
+            average.network.load_state_dict(kept)
+        if self._done() >= 1:
+            self._finish(average.network)
+            return
         groups = stage.steps * stage.batch
         batches = iter(
             self.source.loader(
@@ -186,12 +208,6 @@ class _Stage:
                 start=min(progress.step * stage.batch, groups),
             )
         )
-        average = MovingAverage(network, config.ema_decay)
-        if checkpoint is not None and (kept := checkpoint.part("average")):
-            average.network.load_state_dict(kept)
-        if self._done() >= 1:
-            self._finish(average.network)
-            return
         batch = augment(self.source.batch(next(batches)), self.config.augment)
         ready = True
         # What this stage leaves out must not wait for gradients, and decays for nothing.
@@ -220,7 +236,7 @@ class _Stage:
                 waited += time.monotonic() - start
                 batch = augment(self.source.batch(group), self.config.augment)
                 del group
-            rate = min(1.0, (progress.step + 1) / stage.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            rate = min(1.0, (progress.step + 1) / max(stage.warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * done))
             for trained in optimizer.param_groups:
                 trained["lr"] = trained["initial_lr"] * rate
             # Whatever the network draws at random depends on the step alone, also after a run is taken up again.
@@ -231,7 +247,8 @@ class _Stage:
                 losses = parallel(batch, self._draws(batch))
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            # a norm that is not finite makes all weights NaN: it is looked at with the losses, before they are kept
+            losses["gradient norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             progress.step += 1
             average.update(progress.step)
@@ -299,28 +316,27 @@ class _Stage:
         values = self.ranks.mean(table).cpu()
         last, sources = self.progress.step, [tokens for _, tokens in self.pending]
         self.pending = []
-        bad = ~torch.isfinite(values).all(dim=1)
-        if bad.any():
-            first = int(bad.nonzero()[0, 0])
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            first, what = bad[0].tolist()
             tokens = [t for part in self.ranks.gathered(sources[first]) for t in part]
             raise NmpError(
-                f"loss is {float(values[first, 0])} at stage {self.number + 1}, step {last - len(values) + first + 1}, "
-                f"with {', '.join(tokens)}: look at these, or lower {self.name}.learning_rate "
-                f"(the last good state is {self.out / NAME}, if it had come so far)"
+                f"{names[what]} is {float(values[first, what])} at stage {self.number + 1}, "
+                f"step {last - len(values) + first + 1}, with {', '.join(tokens)}: look at these, or lower "
+                f"{self.name}.learning_rate (the last good state is {self.out / NAME}, if it had come so far)"
             )
         mean = values.mean(dim=0).tolist()
         progress = self.progress
         progress.losses.append(round(mean[0], 6))
-        prefix = f"stage {self.number + 1}"
         for name, value in zip(names, mean, strict=True):
-            self.curves(f"{prefix}/{name}", value, last)
-        self.curves(f"{prefix}/learning rate", rate, last)
+            self.curve(name, value, last)
+        self.curve("learning rate", rate, last)
         if progress.seconds:
-            self.curves(f"{prefix}/samples per s", progress.frames / progress.seconds, last)
-            self.curves(f"{prefix}/waiting for data", progress.waited / progress.seconds, last)
+            self.curve("samples per s", progress.frames / progress.seconds, last)
+            self.curve("waiting for data", progress.waited / progress.seconds, last)
             bar.set_postfix(loss=f"{mean[0]:.3f}", samples_s=f"{progress.frames / progress.seconds:.0f}")
         if self.device.type == "cuda":
-            self.curves(f"{prefix}/GPU memory GiB", torch.cuda.max_memory_allocated(self.device) / 2**30, last)
+            self.curve("GPU memory GiB", torch.cuda.max_memory_allocated(self.device) / 2**30, last)
 
     def _summary(self) -> dict[str, Any]:
         progress = self.progress
@@ -361,23 +377,30 @@ class MovingAverage:
         torch._foreach_lerp_(self._kept, self._current, 1 - decay)
 
 
-def _curves(out: Path) -> Callable[[str, float, int], None]:
-    """Return a call that logs (name, value, step) for TensorBoard, where it is installed (extra ``train``)."""
+def _curves(out: Path) -> Callable[[int, int], Curve]:
+    """Return what opens the curves of a stage for TensorBoard, by its number and the steps of it that are done."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        log.warning("no curves: TensorBoard is not installed (pip install tensorboard)")
         return _no_curves
-    writer = SummaryWriter(str(out / "curves"))
 
-    def curve(name: str, value: float, step: int) -> None:
-        writer.add_scalar(name, value, step)
-        writer.flush()
+    def opened(stage: int, done: int) -> Curve:
+        # A run of its own for every stage: what a killed process wrote beyond the checkpoint is hidden from a step on,
+        # in all curves of the run.
+        writer = SummaryWriter(str(out / "curves" / f"stage-{stage + 1}"), purge_step=done + 1)
 
-    return curve
+        def curve(name: str, value: float, step: int) -> None:
+            writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return curve
+
+    return opened
 
 
-def _no_curves(name: str, value: float, step: int) -> None:
-    pass
+def _no_curves(stage: int, done: int) -> Curve:
+    return lambda name, value, step: None
 
 
 def _device_text(device: torch.device) -> str:

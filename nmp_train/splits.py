@@ -26,8 +26,8 @@ Divide the scenes of a data set into training and validation, and show how the s
   overlap    every street of a validation scene was driven in training scenes, mostly before it (Xiong et al., CVPR
              2023, make such a division of Boston): what a map of earlier drives is worth
 
-The file can take the place of <version>/splits.json of the data set, where training and scoring look for splits. The
-same drives give the same file.
+Training takes the file with data.splits=FILE and scoring with --splits FILE, or it takes the place of
+<version>/splits.json of the data set, where they look otherwise. The same drives give the same file.
 
   nmp-train splits --dataroot ~/nuscenes --version v1.0-trainval --kind overlap --out splits.json"""
 

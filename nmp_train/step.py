@@ -90,9 +90,8 @@ class TrainingStep(nn.Module):
         self.config = config
         self.stage = stage
         self.frozen = frozen_parts(network, config, stage)
-        net = network.config
-        reach = stage.radius_m + math.hypot(net.bev_length, net.bev_width) / 2 + MARGIN_M
-        self.window = 2 * math.ceil(reach / net.prior_cell)
+        reach = stage.radius_m + network.config.feature_grid.reach + MARGIN_M
+        self.window = 2 * math.ceil(reach / network.config.prior_cell)
         """edge of the window, in cells"""
         self._step: Callable[..., tuple[Output, Memory]] = network.step
         if config.checkpointing:
@@ -117,18 +116,12 @@ class TrainingStep(nn.Module):
             return self._judge(self.network.alone(bev), batch.truth, batch.instance, batch.direction)
         b, t = batch.pose.shape[:2]
         frames = bev.unflatten(0, (b, t))
-        alone = self.network.alone(_chosen(frames, draws.alone))
+        # without dropout of the prior there is nothing to decode alone, and layers do not take batches of nothing
+        alone = self.network.alone(_chosen(frames, draws.alone)) if draws.alone.numel() else None
         outputs, searched = self._drive(frames, batch, draws)
         truths = (batch.truth, batch.instance, batch.direction)
-        logits = _joined([o.logits for o in outputs], alone.logits)
-        assert logits is not None
-        joined = Output(
-            logits,
-            _joined([o.embedding for o in outputs], alone.embedding),
-            _joined([o.direction for o in outputs], alone.direction),
-        )
         losses = self._judge(
-            joined,
+            _joined(outputs, alone),
             *(None if v is None else torch.cat([v, _chosen(v.unflatten(0, (b, t)), draws.alone)]) for v in truths),
         )
         for name, value in searched.items():
@@ -295,10 +288,17 @@ def _chosen(values: Tensor, which: Tensor) -> Tensor:
     return values[rows, which].flatten(0, 1)
 
 
-def _joined(steps: Sequence[Tensor | None], alone: Tensor | None) -> Tensor | None:
-    """Put maps of T steps, each [B, ...], into the order of the batch [B * T, ...], and others behind them."""
-    maps = [m for m in steps if m is not None]
-    return None if alone is None else torch.cat([torch.stack(maps, dim=1).flatten(0, 1), alone])
+def _joined(steps: Sequence[Output], alone: Output | None) -> Output:
+    """Put the maps of T steps, each [B, ...], into the order of the batch [B * T, ...], and others behind them."""
+
+    def maps(name: str) -> Any:
+        found = [getattr(step, name) for step in steps]
+        if found[0] is None:
+            return None
+        driven = torch.stack(found, dim=1).flatten(0, 1)
+        return driven if alone is None else torch.cat([driven, getattr(alone, name)])
+
+    return Output(maps("logits"), maps("embedding"), maps("direction"))
 
 
 def used_parameters(loss: Tensor) -> set[int]:

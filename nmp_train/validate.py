@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nmp.geometry import BevGrid
-from nmp.metrics import DISTANCE_EDGES_M, IouMeter
+from nmp.metrics import IouMeter, distance_edges
 from nmp.model import BEVNetwork, fusion
 from nmp.model.runner import window_side
 from nmp.truth import rasterize
@@ -232,11 +232,11 @@ class _Counter:
     def __init__(self, grid: BevGrid, device: torch.device) -> None:
         centres = torch.as_tensor(grid.centres(), dtype=torch.float32)
         distance = centres.norm(dim=-1).view(grid.shape).to(device)
-        edges = list(itertools.pairwise(DISTANCE_EDGES_M))
+        edges = list(itertools.pairwise(distance_edges(grid)))
         self.edges = torch.tensor(edges, device=device)
         self.rings = [f"{near:.0f}-{far:.0f} m" for near, far in edges]
         self.nearest = [f"nearest view {ring}" for ring in self.rings]
-        self.reach = DISTANCE_EDGES_M[-1]
+        self.reach = edges[-1][1]
         self.distance = distance
         self.masks = torch.cat([torch.ones(1, distance.numel(), device=device), self._in_rings(distance)])
         self.found: list[tuple[str, int, list[str], list[str], Tensor]] = []

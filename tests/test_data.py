@@ -312,6 +312,8 @@ def test_worlds_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
     make_worlds(config, 0, held_out=True)
     assert [m[:2] for m in made] == [(s, d) for d in (0.5, 1.0) for s in (7, 8, 9, 10)]
+    with pytest.raises(NmpError, match="no cities to make"):
+        make_worlds(WorldsConfig(seeds=0), 2)
 
 
 # ------------------------------------------------------------------------------------------- real geography
@@ -343,6 +345,10 @@ def test_held_out_sites_share_no_ground_with_training() -> None:
                     shapely.MultiPoint(np.concatenate([d.poses_xyyaw[:, :2] for d in s.drives])) for s in (left, site)
                 )
                 assert here.distance(there) > APART_M
+    # Where labels reach further, more is left out.
+    fewer, same = find_sites(drives, reach_m=70.0)
+    assert [s.name for s in same] == [s.name for s in held_out]
+    assert sum(s.frames for s in fewer) < sum(s.frames for s in training)
     poses = [tuple(p) for s in (*training, *held_out) for d in s.drives for p in d.poses_xyyaw.round(6)]
     assert len(poses) == len(set(poses)), "a frame is in two sites"
     with pytest.raises(NmpError, match="fill 1 sites"):

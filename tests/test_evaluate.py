@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from nmp.model import BEVNetwork, NetworkConfig
 from nmp.model.weights import save_network
 from nmp.truth import rasterize
 from nmp_train.cli import main
+from nmp_train.distributed import PATIENCE
 from nmp_train.evaluate import PROTOCOLS, Job, evaluate_dataset, merged, read_scenes, scene_frames, shards, split_scenes
 from nmp_train.evaluate import score as score_job
 from nmp_train.recordings import weather_of
@@ -274,7 +277,7 @@ def test_the_fifth_trip_and_all_after_it_are_one_row(site: Site, mapper: Mapper)
 )
 def test_priors_of_the_protocols(protocol: str, expected: list[list[str]], site: Site, mapper: Mapper) -> None:
     score(site, protocol)
-    assert mapper.opened == [{"use_prior": True}]
+    assert mapper.opened == [{"use_prior": True, "device": "auto"}]
     assert [run[0] for run in mapper.runs] == expected
     assert [mapper.name_of(run[1][0]) for run in mapper.runs] == list(SCENES)
     assert not mapper.prior_dir.exists()
@@ -318,6 +321,23 @@ def test_splits_are_those_of_the_data_set_or_of_the_devkit(site: Site, tmp_path:
     (tmp_path / VERSION / "splits.json").write_text('["scene-0001"]')
     with pytest.raises(NmpError, match="splits.json holds no lists"):
         split_scenes("val", tmp_path, VERSION)
+
+
+def test_splits_of_another_file(site: Site, mapper: Mapper, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"val": ["scene-0004"]}))
+    assert split_scenes("val", site.root, VERSION, mine) == ["scene-0004"]
+    assert split_scenes("val", site.root, VERSION) == SPLITS["val"]
+    arguments = ["eval", "--dataroot", str(site.root), "--splits"]
+    assert main([*arguments, str(mine), "--split", "val", "--no-vectors"]) == 0
+    assert {site.scene_at(frame.stamp_ns) for _, frames in mapper.runs for frame in frames} == {"scene-0004"}
+    for more, message in (
+        ([str(mine)], "choose one of them with --split"),
+        ([str(mine), "--split", "train"], f"no split 'train' in {mine}: choose from val"),
+        ([str(tmp_path / "none.json"), "--split", "val"], "none.json holds no lists of scenes by split"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -372,23 +392,24 @@ def test_the_command_with_the_shipped_weights(site: Site, tmp_path: Path, capsys
 # ------------------------------------------------------------------------------------------- several processes
 
 
+SMALL = NetworkConfig(
+    backbone_stages=2,
+    input_width=64,
+    input_height=32,
+    neck_channels=4,
+    bev_channels=8,
+    prior_channels=4,
+    feature_resolution=0.6,
+    layer_resolution=0.3,
+    prior_cell=0.6,
+)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that answers to its prior."""
     torch.manual_seed(3)
-    network = BEVNetwork(
-        NetworkConfig(
-            backbone_stages=2,
-            input_width=64,
-            input_height=32,
-            neck_channels=4,
-            bev_channels=8,
-            prior_channels=4,
-            feature_resolution=0.6,
-            layer_resolution=0.3,
-            prior_cell=0.6,
-        )
-    )
+    network = BEVNetwork(SMALL)
     torch.nn.init.normal_(network.fusion.prior_out.weight, std=0.3)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_network(network, path, {})
@@ -411,6 +432,14 @@ def test_scenes_that_meet_stay_in_one_process(site: Site) -> None:
     # The scene that writes the prior goes where those are scored that see it.
     assert jobs(site, "train_trips", 2, train="scene-0001") == [["scene-0001", *near[:2]], ["scene-0004"]]
     assert jobs(site, "train_trips", 2, train="scene-0004") == [near]
+
+
+def test_scenes_that_meet_for_a_network_that_sees_further_stay_together(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "far.safetensors"
+    save_network(BEVNetwork(replace(SMALL, bev_length=100.0, bev_width=100.0)), path, {})
+    scenes = tuple(read_scenes(site.root, VERSION))
+    assert len(shards(Job(None, site.root, "earlier_trips", scenes), 2)) == 2
+    assert len(shards(Job(path, site.root, "earlier_trips", scenes), 2)) == 1
 
 
 def test_parts_merged_are_the_whole(site: Site, weights: Path) -> None:
@@ -436,6 +465,53 @@ def test_two_processes_give_the_scores_of_one(site: Site, weights: Path, tmp_pat
         more = ["--pose-noise", "0.3", "--workers", str(workers), "--json", str(tmp_path / f"{workers}.json")]
         assert main([*arguments, *more]) == 0
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+def test_two_processes_of_torchrun_give_the_scores_of_one(site: Site, weights: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(weights), "--dataroot", str(site.root), "--protocol", "earlier_trips", "--split", "two"]
+    arguments += ["--device", "cpu", "--json"]
+    assert main([*arguments, str(tmp_path / "1.json")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "nmp_train.cli", *arguments, str(tmp_path / "2.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("All(mIoU)") == 1  # the first process prints, and it alone
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+def test_torchrun_processes_wait_as_long_as_in_training(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[Any] = []
+
+    def join(backend: str, *, timeout: Any) -> None:
+        waits.append((backend, timeout))
+        raise NmpError("far enough")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NmpError, match="far enough"):
+        score(site)
+    assert waits == [("gloo", PATIENCE)]
+
+
+def test_every_process_has_a_gpu_of_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = tuple(read_scenes(site.root, VERSION))
+
+    def devices(given: str | None) -> list[str | None]:
+        return [part.device for part in shards(Job(None, site.root, "empty", scenes, device=given), 3)]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert devices(None) == [None] * 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for given in (None, "auto", "cuda"):
+        assert devices(given) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices("cpu") == ["cpu"] * 3 and devices("cuda:1") == ["cuda:1"] * 3
+
+
+def test_one_process_takes_a_gpu_where_there_is_one(site: Site, mapper: Mapper) -> None:
+    score(site, scenes=["scene-0001"])
+    score(site, scenes=["scene-0001"], device="cpu")
+    assert [options["device"] for options in mapper.opened] == ["auto", "cpu"]
 
 
 def test_what_goes_wrong_in_a_process_is_told(

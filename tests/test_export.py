@@ -103,8 +103,13 @@ def test_a_run_is_exported_with_its_scores(network: BEVNetwork, tmp_path: Path) 
     assert sorted(p.name for p in out.parent.iterdir()) == ["mine.json", "mine.safetensors"]
     exact = export(tmp_path / "run", tmp_path / "exact.safetensors", dtype="float")
     assert exact["difference"]["logits"] == 0 and exact["mib"] > 1.8 * done["mib"]
-    # what was exported can be exported
-    assert export(out, tmp_path / "again.safetensors")["difference"]["logits"] == 0
+    # what was exported can be exported, and keeps its scores
+    (tmp_path / "more.json").write_text('{"miou": 42.5}')
+    again = export(out, tmp_path / "again.safetensors", metrics=[tmp_path / "more.json"])
+    assert again["difference"]["logits"] == 0
+    kept = json.loads((tmp_path / "again.json").read_text())
+    assert kept["metrics"] == described["metrics"] | {"more": {"miou": 42.5}}
+    assert kept["training_set"] == described["training_set"]
 
 
 def test_a_checkpoint_gives_its_moving_average_and_nothing_else(network: BEVNetwork, tmp_path: Path) -> None:

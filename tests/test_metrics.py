@@ -11,7 +11,7 @@ from shapely.geometry import LineString, Polygon
 
 from nmp.frame import CLASSES
 from nmp.geometry import BevGrid
-from nmp.metrics import Breakdown, IouMeter, element_lines, format_table, format_vectors
+from nmp.metrics import Breakdown, IouMeter, distance_edges, element_lines, format_table, format_vectors
 from nmp.vectorize import VectorElement
 
 
@@ -54,6 +54,19 @@ def test_scores_are_broken_down_by_label_and_by_distance() -> None:
     assert scores["0-10 m"] == pytest.approx(50.0) and scores["10-20 m"] == scores["20-40 m"] == 0.0
     assert scores["rain"] == 0.0 < scores["all"] < scores["day"] < 50.0
     assert scores["day"] == pytest.approx(2 * scores["all"])
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "edges"),
+    [(60, 30, (0, 10, 20, 40)), (100, 100, (0, 10, 20, 40, 80)), (160, 100, (0, 10, 20, 40, 80, 160)), (6, 6, (0, 10))],
+)
+def test_rings_reach_as_far_as_the_region(length: float, width: float, edges: tuple[float, ...]) -> None:
+    grid = BevGrid(length, width, 1.0)
+    assert distance_edges(grid) == edges
+    breakdown = Breakdown(grid)
+    breakdown.add(np.ones((3, *grid.shape), np.uint8), np.ones((3, *grid.shape), np.uint8))
+    rings = [meter.union[0] for name, meter in breakdown.meters.items() if name.endswith(" m")]
+    assert len(rings) == len(edges) - 1 and sum(rings) == grid.rows * grid.cols
 
 
 def test_table_has_the_published_columns() -> None:

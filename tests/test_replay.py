@@ -135,6 +135,27 @@ def test_runs_repeat_to_the_bit_and_the_prior_matters(drive: Path, weights: Path
         assert picture.size == (800, 400)
 
 
+def test_the_device_can_be_chosen(
+    drive: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[tuple[str, bool]] = []
+
+    def note(*_: object, device: str, compiled: bool, **__: object) -> None:
+        opened.append((device, compiled))
+        raise NmpError("far enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nmp.mapper.OnlineMapper", note)
+        for more in ([], ["--device", "cuda:1", "--compile"]):
+            assert map_bag(drive, tmp_path / "out", "--no-prior", *more) == 2
+            assert "far enough" in said(capsys)
+    assert opened == [("cpu", False), ("cuda:1", True)]
+    given = ["--no-prior", "--weights", str(weights), "--device"]
+    assert map_bag(drive, tmp_path / "out", *given, "tpu") == 2
+    assert "device 'tpu' is unknown: choose auto, cpu, cuda" in said(capsys)
+    assert map_bag(drive, tmp_path / "out", *given, "cpu", "--compile") == 0  # is left out on a CPU
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nmp: error: ")]
     assert len(error) == 1

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from nmp.frame import CAMERAS
@@ -19,10 +21,12 @@ from nmp.model import BEVNetwork, NetworkConfig
 from nmp.model.preprocess import network_intrinsics, unit_projection
 from nmp_train.config import StageConfig, TrainConfig
 from nmp_train.data import Batch, Group, StepSampler, collate
+from nmp_train.data.sampler import Places, Targets
 from nmp_train.distributed import Ranks
 from nmp_train.loop import train
 from nmp_train.score import score_groups
 from nmp_train.sim.rig import log_rig
+from nmp_train.step import Draws, TrainingStep
 
 TINY_NETWORK = NetworkConfig(
     backbone_stages=1,
@@ -58,11 +62,23 @@ def _projection(config: NetworkConfig) -> Tensor:
     return torch.from_numpy(np.stack(matrices)).float()
 
 
+def streets() -> Places:
+    """Return four streets far from each other, each with two drives of eight frames."""
+    street, drive, frame = (axis.ravel() for axis in np.indices((4, 2, 8)))
+    return Places(
+        place=np.zeros(street.size, np.int64),
+        xy=np.column_stack([500.0 * street + 0.5 * frame, 0.3 * drive]),
+        scene=2 * street + drive,
+        time_s=100.0 * drive + frame,
+    )
+
+
 class ColouredGroups(Dataset[Group]):
     """Frames of one colour: where they are bright, the left half of the road is class 0, and the right half class 1."""
 
-    def __init__(self, config: NetworkConfig, frames: int, seed: int) -> None:
-        self.config, self.frames, self.seed = config, frames, seed
+    def __init__(self, config: NetworkConfig, frames: int, seed: int, targets: Targets | None = None) -> None:
+        """:param targets: the frames of :func:`streets` that groups are made of; None: any that come to mind"""
+        self.config, self.frames, self.seed, self.targets = config, frames, seed, targets
 
     def __getitem__(self, index: int) -> Group:
         rng = np.random.default_rng((self.seed, index))
@@ -74,7 +90,9 @@ class ColouredGroups(Dataset[Group]):
         truth[:, 0, half:] = bright[:, None, None]
         truth[:, 1, :half] = bright[:, None, None]
         pose = np.column_stack([rng.uniform(-2, 2, (t, 2)), rng.uniform(-math.pi, math.pi, t)])
-        pose[-1, :2] = 0
+        if self.targets is not None:
+            pose[:, :2] = self.targets.places.xy[self.targets.group(rng, index)]
+        pose[:, :2] -= pose[-1, :2].copy()
         return Group(
             pose=torch.from_numpy(pose).float(),
             drive=torch.from_numpy(np.sort(rng.integers(0, t, t))),
@@ -100,7 +118,9 @@ class ColouredSource:
     def loader(
         self, stage: StageConfig, *, seed: int, length: int, rank: int = 0, ranks: int = 1, start: int = 0
     ) -> DataLoader[Group]:
-        groups = ColouredGroups(self.config.network, stage.group, seed)
+        geographic = self.config.sampler == "geographic"
+        targets = Targets(streets(), stage, seed, geographic=True) if geographic else None
+        groups = ColouredGroups(self.config.network, stage.group, seed, targets)
         order = StepSampler(length, stage.batch, rank=rank, ranks=ranks, start=start)
         return DataLoader(groups, batch_sampler=order, collate_fn=collate)
 
@@ -117,18 +137,33 @@ def tiny_network(seed: int = 3) -> BEVNetwork:
     return BEVNetwork(TINY_NETWORK)
 
 
+class DoubleSource(ColouredSource):
+    """Coloured frames in double precision."""
+
+    def batch(self, group: Group) -> Batch:
+        batch = super().batch(group)
+        floats = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
+        return replace(batch, **{name: v.double() for name, v in floats.items() if v.is_floating_point()})
+
+
 def train_in_process(rank: int, ranks: int, port: int, out: Path) -> None:
-    """Train a few steps as one process of several, as torchrun would start it."""
+    """Train a few steps as one process of several, as torchrun would start it, all of it in double precision.
+
+    The gradient of the first step is left in ``gradient.safetensors``.
+    """
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # what the network computes in single precision for the sake of bfloat16
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    stage = replace(tiny_config().stages[0], steps=12, batch=4, learning_rate=0.001)
-    config = tiny_config(stages=(stage,), ema_decay=0.5)
-    source = ColouredSource(config)
+    stage = replace(tiny_config().stages[0], steps=16, batch=4, learning_rate=0.005)
+    config = tiny_config(stages=(stage,), ema_decay=0.5, sampler="geographic")
+    source = DoubleSource(config)
     team = Ranks.join("cpu")
     try:
+        _save_gradient(source, config, stage, team, out)
         # Another start in each process: what counts is that of the first.
-        network = tiny_network(3 + rank)
+        network = tiny_network(3 + rank).double()
         train(
             network,
             source,
@@ -140,3 +175,16 @@ def train_in_process(rank: int, ranks: int, port: int, out: Path) -> None:
         )
     finally:
         team.leave()
+
+
+def _save_gradient(source: ColouredSource, config: TrainConfig, stage: StageConfig, team: Ranks, out: Path) -> None:
+    network = tiny_network().double()
+    team.batch_norms(network, torch.device("cpu"))
+    step: nn.Module = TrainingStep(network, config, stage).train()
+    if team.ranks > 1:
+        step = DistributedDataParallel(step)
+    batch = source.batch(next(iter(source.loader(stage, seed=1, length=4, rank=team.rank, ranks=team.ranks))))
+    step(batch, Draws.of(batch.seeds.tolist(), stage.group, config, torch.device("cpu")))["loss"].backward()
+    if team.first:
+        out.mkdir()
+        save_file({n: p.grad for n, p in network.named_parameters()}, str(out / "gradient.safetensors"))

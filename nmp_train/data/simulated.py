@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from nmp.citymap import CityMap
+from nmp.errors import NmpError
 from nmp.frame import CAMERAS, Camera
 from nmp.geometry import transform_from_xyyaw
 from nmp.model.preprocess import network_intrinsics, unit_projection
@@ -50,7 +51,9 @@ CHANGES = 6
 """of a world that changes"""
 
 
-def make_worlds(config: WorldsConfig, workers: int, *, held_out: bool = False, trips: int = 1) -> list[World]:
+def make_worlds(
+    config: WorldsConfig, workers: int, *, held_out: bool = False, trips: int = 1, reach_m: float = 0.0
+) -> list[World]:
     """Make the worlds of a configuration, in parallel: generated cities, and parts of real ones.
 
     The share ``config.changed_share`` of the generated ones changes on one day between its drives.
@@ -58,6 +61,7 @@ def make_worlds(config: WorldsConfig, workers: int, *, held_out: bool = False, t
     :param held_out: for validation: each world at each of ``config.difficulties``, instead of one of them in turn, and
         of the real cities the parts that training leaves out
     :param trips: times that each drive can be made (see :func:`nmp_train.world.assemble`)
+    :param reach_m: how far labels reach from the car, m: so far apart are training and validation in real cities
     """
     count, levels, share = config.seeds, config.difficulties, config.changed_share
     # As evenly among the cities as whole cities allow.
@@ -67,9 +71,11 @@ def make_worlds(config: WorldsConfig, workers: int, *, held_out: bool = False, t
     )
     makers: list[_Maker] = [functools.partial(make, config.first_seed + i, changes=changes[i]) for i in range(count)]
     if config.real is not None:
-        training, left_out = find_sites(load_trajectories(config.real.trajectories))
+        training, left_out = find_sites(load_trajectories(config.real.trajectories), reach_m=reach_m)
         sites = (left_out if held_out else training)[: config.real.count]
         makers += [functools.partial(make_real_world, Path(config.real.maps), site, trips=trips) for site in sites]
+    if not makers:
+        raise NmpError("there are no cities to make: set seeds, or real.count, of the worlds to 1 or more")
     if held_out:
         jobs = [(maker, level) for level in levels for maker in makers]
     else:

@@ -7,6 +7,7 @@ Cameras use the optical frame: x right, y down, z forward.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,11 @@ class BevGrid:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.cols
+
+    @property
+    def reach(self) -> float:
+        """How far the corners are from the ego, m."""
+        return math.hypot(self.length, self.width) / 2
 
     def with_resolution(self, resolution: float) -> BevGrid:
         """Return the same rectangle with another cell size (m)."""

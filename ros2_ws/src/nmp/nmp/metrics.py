@@ -24,8 +24,8 @@ from nmp.geometry import Array, BevGrid
 from nmp.truth import EDGE_MARGIN_M
 from nmp.vectorize import VectorElement
 
-DISTANCE_EDGES_M = (0.0, 10.0, 20.0, 40.0)
-"""edges of the rings around the ego in which scores are broken down, m"""
+NEAREST_RING_M = 10.0
+"""radius of the innermost ring around the ego in which scores are broken down, see :func:`distance_edges`"""
 FARTHEST_M = 5.0
 """the Chamfer distance counts what is further away, or missing altogether, as this far, as HDMapNet's evaluation"""
 SPACING_M = 0.3
@@ -35,6 +35,17 @@ THRESHOLDS_M = (0.5, 1.0, 1.5)
 SHORTEST_TRUTH_M = 1.0
 """shorter pieces, mostly corners that the edge of the region cuts off, are no elements that anyone should find"""
 _UM = 1e6
+
+
+def distance_edges(grid: BevGrid) -> tuple[float, ...]:
+    """Return the edges (m) of the rings around the ego in which scores are broken down: 0, 10, 20, 40, ...
+
+    Each reaches twice as far as the one inside of it, the last as far as the corners of the grid or beyond.
+    """
+    edges = [0.0, NEAREST_RING_M]
+    while edges[-1] < grid.reach:
+        edges.append(2 * edges[-1])
+    return tuple(edges)
 
 
 @dataclass
@@ -151,8 +162,9 @@ class Breakdown:
         self._grid = grid
         centres = grid.centres()
         distance = np.hypot(centres[..., 0], centres[..., 1])
+        edges = distance_edges(grid)
         self._rings = {
-            f"{near:.0f}-{far:.0f} m": (distance >= near) & (distance < far) for near, far in pairwise(DISTANCE_EDGES_M)
+            f"{near:.0f}-{far:.0f} m": (distance >= near) & (distance < far) for near, far in pairwise(edges)
         }
         self._places = set(self._rings)
         self.meters: dict[str, IouMeter] = {"all": IouMeter()}

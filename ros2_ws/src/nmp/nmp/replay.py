@@ -235,6 +235,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=THREADS,
         help="CPU threads; the same number gives the same bytes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="what computes the network: cpu, cuda, cuda:1 or auto, a GPU where there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network for the GPU: a minute at the start, then faster frames",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -258,7 +268,9 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with OnlineMapper(args.weights, args.prior, use_prior=not args.no_prior) as mapper:
+    with OnlineMapper(
+        args.weights, args.prior, use_prior=not args.no_prior, device=args.device, compiled=args.compile
+    ) as mapper:
         summary = replay(args.bag, mapper, args.out, location=args.location, pictures=args.bev)
         mapper.close(recording)
     print(f"wrote {args.out}: {summary}")

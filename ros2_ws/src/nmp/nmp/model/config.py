@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +42,11 @@ class NetworkConfig:
     """at a quarter of the resolution; 0: twice bev_channels"""
     bev_length: float = 60.0
     bev_width: float = 30.0
-    """region around the ego, m"""
+    """region around the ego, m; in fact the whole number of cells that comes closest, as of 100 m 333 cells of 0.3 m"""
     feature_resolution: float = 0.3
     """cell of the BEV features, m"""
     layer_resolution: float = 0.15
-    """cell of the published layers, m"""
+    """cell of the published layers, m: half of that of the features"""
     prior_channels: int = 32
     prior_cell: float = 0.3
     """cell of the city prior, m"""
@@ -68,30 +69,55 @@ class NetworkConfig:
 
     @property
     def feature_grid(self) -> BevGrid:
-        return BevGrid(self.bev_length, self.bev_width, self.feature_resolution)
+        cell = self.feature_resolution
+        wanted = BevGrid(self.bev_length, self.bev_width, cell)
+        # In whole cells, or what lies in the cells would be off by a part of one.
+        return BevGrid(wanted.cols * cell, wanted.rows * cell, cell)
 
     @property
     def layer_grid(self) -> BevGrid:
-        return BevGrid(self.bev_length, self.bev_width, self.layer_resolution)
+        return self.feature_grid.with_resolution(self.layer_resolution)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NetworkConfig:
-        """Build from JSON values; unknown keys and wrong types are an :class:`NmpError`."""
+        """Build from JSON values; unknown keys, wrong types and sizes below zero are an :class:`NmpError`."""
+        if not isinstance(values, dict):
+            raise NmpError(f"network configuration: expected keys and values, got {values!r}")
         known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted({str(key) for key in values} - set(known))
         if unknown:
             raise NmpError(f"network configuration has unknown key(s) {', '.join(unknown)}: written by a newer nmp?")
         cleaned: dict[str, Any] = {}
         for name, value in values.items():
-            default = known[name].default
-            if isinstance(default, tuple):
-                value = tuple(float(v) for v in value)
-            elif isinstance(default, float) and isinstance(value, int):
-                value = float(value)
-            if not isinstance(value, type(default)):
-                raise NmpError(f"network configuration: {name} must be {type(default).__name__}, got {value!r}")
-            cleaned[name] = value
+            cleaned[name] = _checked(name, value, known[name].default)
         return cls(**cleaned)
+
+
+_MAY_BE_ZERO = ("bev_half_channels", "bev_quarter_channels")
+"""sizes that follow from another one where they are 0"""
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """Return a value, if it is of the type of its default and of a size that there can be."""
+    where = f"network configuration: {name}"
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(default):
+            raise NmpError(f"{where} must be {len(default)} numbers, got {value!r}")
+        return tuple(_number(where, v, float, positive=name == "std") for v in value)
+    if isinstance(default, str | bool):
+        if not isinstance(value, type(default)):
+            raise NmpError(f"{where} must be {type(default).__name__}, got {value!r}")
+        return value
+    return _number(where, value, type(default), positive=name not in _MAY_BE_ZERO or value != 0)
+
+
+def _number(where: str, value: Any, kind: type[int] | type[float], *, positive: bool) -> float:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole and not (kind is float and isinstance(value, float) and math.isfinite(value)):
+        raise NmpError(f"{where} must be {kind.__name__}, got {value!r}")
+    if positive and value <= 0:
+        raise NmpError(f"{where} is {value:g}: choose more than 0")
+    return kind(value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nmp.errors import NmpError
 from nmp.frame import CLASSES
 from nmp.model import fusion
 from nmp.model.blocks import ConvBnRelu, Residual
@@ -80,6 +81,12 @@ class BEVNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
+        rows, cols = config.feature_grid.shape
+        if config.layer_grid.shape != (2 * rows, 2 * cols):
+            raise NmpError(
+                f"network configuration: layer_resolution is {config.layer_resolution:g}, but layers have two cells "
+                f"where features have one: set it to half of feature_resolution, {config.feature_resolution / 2:g}"
+            )
         self.config = config
         self.backbone = ResNet(config.backbone, config.backbone_stages)
         self.view = make_view(config)

@@ -137,8 +137,7 @@ def _cpu_computes_in_bfloat16() -> bool:
 
 def window_side(config: NetworkConfig) -> int:
     """Return the rows (= columns) of the block of prior cells that holds the BEV region at any heading."""
-    diagonal = math.hypot(config.bev_length, config.bev_width)
-    return 2 * math.ceil(diagonal / config.prior_cell / 2) + 2
+    return 2 * math.ceil(config.feature_grid.reach / config.prior_cell) + 2
 
 
 def prepare(network: BEVNetwork, device: torch.device | str = "cpu", precision: str = "fp32") -> BEVNetwork:

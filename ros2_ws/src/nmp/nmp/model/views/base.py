@@ -29,9 +29,10 @@ class View(nn.Module):
         super().__init__()
         self.channels = config.neck_channels
         self.level = min(level, config.backbone_stages - 1)
-        self.resolution = config.feature_grid.resolution
-        self.corner = (-config.bev_length / 2, -config.bev_width / 2)
-        self.rows, self.cols = config.feature_grid.shape
+        grid = config.feature_grid
+        self.resolution = grid.resolution
+        self.corner = (-grid.length / 2, -grid.width / 2)
+        self.rows, self.cols = grid.shape
 
     def forward(self, features: Tensor, pixel_from_base: Tensor, present: Tensor) -> Tensor:
         raise NotImplementedError

@@ -28,7 +28,7 @@ class PlanView(View):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config, level=2)
-        self.reach = math.hypot(config.bev_length, config.bev_width) / 2
+        self.reach = config.feature_grid.reach
         stride = 4 * 2**self.level
         self.image_shape = (-(-config.input_height // stride), -(-config.input_width // stride))
         positions, plan = math.prod(self.image_shape), math.prod(PLAN_SHAPE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -67,8 +65,7 @@ class LiftSplat(View):
         super().__init__(config, level=1)
         if config.depth_bins < 1:
             raise NmpError(f"depth_bins is {config.depth_bins}: a pixel needs at least one depth")
-        farthest = math.hypot(config.bev_length, config.bev_width) / 2
-        width = (farthest - NEAREST_M) / config.depth_bins
+        width = (config.feature_grid.reach - NEAREST_M) / config.depth_bins
         depths = NEAREST_M + (torch.arange(config.depth_bins) + 0.5) * width
         self.register_buffer("depths", depths, persistent=False)
         self.depths: Tensor
