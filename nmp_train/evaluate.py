@@ -31,7 +31,7 @@ from nmp.geometry import Array, BevGrid, inverse, transform_from, yaw_of
 from nmp.metrics import Breakdown, format_table, format_vectors
 from nmp.truth import rasterize, truth_lines
 from nmp.vectorize import vectorize
-from nmp_train.recordings import Sample, read_samples
+from nmp_train.recordings import Sample, read_samples, weather_rows
 from nmp_train.sim.localisation import LocalisationNoise
 
 if TYPE_CHECKING:
@@ -379,7 +379,7 @@ def score(job: Job, scene_done: Callable[[], Any] = lambda: None) -> Breakdown:
                 for frame, pose in zip(scene.frames, scene.true_poses, strict=True):
                     day = local_date(scene.location, frame.stamp_ns)
                     city, place = maps.city(scene.location, day), (float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose))
-                    labels = [scene.weather]
+                    labels = weather_rows(scene.weather)
                     if job.protocol in SHARED:
                         labels.append(history.label(scene.location, pose))
                     found = _map(mapper, scene, frame)

@@ -138,3 +138,8 @@ def weather_of(description: str) -> str:
     # Only at the beginning of a word: some scenes pass trains.
     night, rain = (re.search(rf"\b{word}", description, re.IGNORECASE) for word in ("night", "rain"))
     return " ".join(word for word, found in (("night", night), ("rain", rain)) if found) or "day"
+
+
+def weather_rows(weather: str) -> list[str]:
+    """Return what scores of a weather are filed under: a rainy night is night, rain, and a row of its own."""
+    return list(dict.fromkeys([*weather.split(), weather]))

@@ -11,6 +11,7 @@ from nmp.metrics import Breakdown
 from nmp.model import BEVNetwork
 from nmp_train.config import TrainConfig
 from nmp_train.data import Source
+from nmp_train.recordings import weather_rows
 from nmp_train.step import Draws, TrainingStep, autocast
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -36,7 +37,9 @@ def score_groups(network: BEVNetwork, source: Source, config: TrainConfig) -> Sc
         with autocast(config, device):
             answers: dict[str, Any] = step.answers(batch, draws)
         truth = batch.truth.cpu().numpy()
-        labels = [[name for name in pair if name] for pair in zip(batch.weather, batch.labels, strict=True)]
+        labels = [
+            [*weather_rows(w), *filter(None, [label])] for w, label in zip(batch.weather, batch.labels, strict=True)
+        ]
         for name, logits in answers.items():
             breakdown = found.setdefault(name, Breakdown(grid))
             for one, expected, parts in zip((logits > 0).cpu().numpy(), truth, labels, strict=True):

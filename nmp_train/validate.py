@@ -28,6 +28,7 @@ from nmp.model.runner import window_side
 from nmp.truth import rasterize
 from nmp_train.config import TrainConfig
 from nmp_train.data import Group, SimulatedGroups, SimulatedSource, collate
+from nmp_train.recordings import weather_rows
 from nmp_train.score import Scores
 from nmp_train.step import autocast
 from nmp_train.world import World
@@ -166,7 +167,9 @@ def _encode(
         )
     first = batch.pose[0, :1].clone()
     first[:, 2] = 0
-    return _Drive(bev.half(), batch.truth, batch.pose[0] - first, [batch.weather[0], batch.labels[0]], changed)
+    return _Drive(
+        bev.half(), batch.truth, batch.pose[0] - first, [*weather_rows(batch.weather[0]), batch.labels[0]], changed
+    )
 
 
 def _drive_all(

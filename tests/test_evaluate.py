@@ -229,8 +229,8 @@ def test_frames_are_filed_by_weather_ring_and_earlier_trips(site: Site, mapper: 
     assert frames == {
         "all": everything,
         "day": one,
-        "rain": one,
-        "night": one,
+        "rain": 2 * one,
+        "night": 2 * one,
         "night rain": one,
         # one at the far place, and the first of three at the other
         "trips before: 0": 2 * one,
@@ -295,7 +295,7 @@ def test_train_trips_score_every_scene_on_the_same_prior(site: Site, mapper: Map
     assert [run[0] for run in mapper.runs] == [[], ["scene-0003"], train, train]
     frames = {name: meter.frames for name, meter in result.meters.items()}
     assert frames["all"] == 2 * FRAMES and frames["trips before: 2"] == frames["trips before: 0"] == FRAMES
-    assert "rain" not in frames and frames["night rain"] == FRAMES
+    assert frames["rain"] == frames["night rain"] == FRAMES
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,8 @@ def test_the_command_with_the_shipped_weights(site: Site, tmp_path: Path, capsys
     assert 0 <= scores["divider"] < 40
     assert set(scores["chamfer_m"]["recall"]) == {"divider", "crossing", "boundary", "mean"}
     assert list(scores["average_precision"]) == ["all", "0.5 m", "1 m", "1.5 m"]
-    assert set(scores["breakdown"]) == {"night rain", "0-10 m", "10-20 m", "20-40 m"}
+    assert set(scores["breakdown"]) == {"night", "rain", "night rain", "0-10 m", "10-20 m", "20-40 m"}
+    assert "average_precision" in scores["breakdown"]["10-20 m"]
 
 
 # ------------------------------------------------------------------------------------------- several processes

@@ -122,8 +122,25 @@ def test_what_is_never_found_and_what_is_not_there_are_5_m_away() -> None:
 def test_chamfer_is_broken_down_by_distance() -> None:
     rows = _score(([_divider(_along(0.2, -30, 0)), _divider(_along(1.0, 0, 30))], [_along(0.0, -30, 30)])).scores()
     assert json.dumps(rows["day"]["chamfer_m"]) == json.dumps(rows["all"]["chamfer_m"])
-    assert all("chamfer_m" in rows[name] and "average_precision" not in rows[name] for name in ("0-10 m", "20-40 m"))
     assert rows["20-40 m"]["chamfer_m"]["precision"]["divider"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_average_precision_is_broken_down_by_distance_with_elements_cut_at_the_rings() -> None:
+    """What was found of a line through all rings is on its place within 10 m and behind, and beside it ahead."""
+    true = [_along(0.0, -30, 30)]
+    found = [
+        _divider(_along(0.1, -10, 10), 0.9),
+        _divider(_along(0.1, -30, -10), 0.9),
+        _divider(_along(0.8, 10, 30), 0.5),
+    ]
+    rows = _score((found, true)).scores()
+    rings = {name: rows[name]["average_precision"] for name in ("0-10 m", "10-20 m", "20-40 m")}
+    assert rings["0-10 m"]["0.5 m"]["divider"] == 100.0
+    # ahead and behind are two true pieces there, and what is ahead is found 0.8 m aside
+    assert rings["10-20 m"]["0.5 m"]["divider"] == rings["20-40 m"]["0.5 m"]["divider"] == 50.0
+    assert rings["20-40 m"]["1 m"]["divider"] == 100.0
+    # the whole line is not found at all
+    assert rows["all"]["average_precision"]["1 m"]["divider"] == 0.0
 
 
 def test_average_precision_of_a_known_ranking() -> None:
@@ -195,9 +212,15 @@ def test_parts_of_a_set_merge_to_exactly_the_whole() -> None:
 
 
 def test_table_of_elements_has_a_row_for_places_without_average_precision() -> None:
-    rows = _score(([_divider(_along(0.3))], [_along(0.0)])).scores()
+    grid = BevGrid()
+    nothing, lines_of = np.zeros((3, *grid.shape), np.uint8), {name: [_along(0.0)] for name in CLASSES}
+    breakdown = Breakdown(grid)
+    changed = {"changed": np.ones(grid.shape, bool)}
+    breakdown.add(nothing, nothing, places=changed, elements=[_divider(_along(0.3))], true_lines=lines_of)
+    rows = breakdown.scores()
     header, *lines = format_vectors(rows).splitlines()
     assert header.split("|")[1].strip() == "AP divider" and len(lines) == len(rows)
     assert len({len(line) for line in (header, *lines)}) == 1
-    near = next(line for line in lines if line.startswith("0-10 m")).split("|")
-    assert near[1].strip() == "-" and near[5].strip() == "0.30"
+    place = next(line for line in lines if line.startswith("changed")).split("|")
+    assert place[1].strip() == "-" and place[5].strip() == "0.30"
+    assert next(line for line in lines if line.startswith("0-10 m")).split("|")[1].strip() == "100.00"

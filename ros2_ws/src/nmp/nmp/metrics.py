@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from shapely.geometry import LineString, box
+from shapely.geometry import LineString, Point, box
 from shapely.geometry.base import BaseGeometry
 
 from nmp.frame import CLASSES
@@ -166,12 +166,14 @@ class Breakdown:
         self._rings = {
             f"{near:.0f}-{far:.0f} m": (distance >= near) & (distance < far) for near, far in pairwise(edges)
         }
+        circles = [Point(0, 0).buffer(edge, quad_segs=64) for edge in edges]
+        self._areas = dict(zip(self._rings, (outer - inner for inner, outer in pairwise(circles)), strict=True))
         self._places = set(self._rings)
         self.meters: dict[str, IouMeter] = {"all": IouMeter()}
         self.chamfer: dict[str, ChamferMeter] = {}
         """empty when only layers were added"""
         self.precision: dict[str, PrecisionMeter] = {}
-        """the same; by label only, as an element may lie in several places"""
+        """the same; not by place, other than the rings, which elements are cut at"""
 
     def add(
         self,
@@ -211,30 +213,32 @@ class Breakdown:
         true_lines: Mapping[str, Sequence[LineString]],
     ) -> None:
         chamfer = {name: ChamferMeter() for name in ("all", *parts)}
-        precision = PrecisionMeter()
+        precision = {name: PrecisionMeter() for name in ("all", *self._areas)}
         for index, name in enumerate(CLASSES):
             found = [(line, e.score) for e in elements if e.name == name for line in element_lines(e, self._grid)]
             mine, true = [line for line, _ in found], [t for t in true_lines[name] if t.length >= SHORTEST_TRUTH_M]
-            lines = (mine, true)
-            mean = []
-            for way in (0, 1):
-                points, owner = _sampled(lines[way])
-                distance = shapely.distance(shapely.points(points)[:, None], np.array(lines[1 - way], object)[None])
+            ways = _distances(mine, true), _distances(true, mine)
+            for way, (points, distance, _) in enumerate(ways):
                 nearest = distance.min(axis=1, initial=FARTHEST_M)
                 chamfer["all"].add(index, way, nearest)
                 rows, cols = self._pixels(points)
                 for part, mask in parts.items():
                     chamfer[part].add(index, way, nearest[mask[rows, cols]])
-                total = np.zeros((len(lines[way]), len(lines[1 - way])))
-                np.add.at(total, owner, distance)
-                mean.append(total / np.bincount(owner, minlength=len(lines[way]))[:, None])
-            precision.found[index] = _matches([s for _, s in found], (mean[0] + mean[1].T) / 2)
-            precision.true[index] = len(true)
+            precision["all"].found[index] = _matches([s for _, s in found], (ways[0][2] + ways[1][2].T) / 2)
+            precision["all"].true[index] = len(true)
+            for ring, area in self._areas.items():
+                pieces = [(piece, score) for line, score in found for piece in _pieces(line, area)]
+                here, there = [p for p, _ in pieces], [p for t in true for p in _pieces(t, area)]
+                apart = (_distances(here, there)[2] + _distances(there, here)[2].T) / 2
+                precision[ring].found[index] = _matches([s for _, s in pieces], apart)
+                precision[ring].true[index] = len(there)
         for name in names:
             self.chamfer.setdefault(name, ChamferMeter()).merge(chamfer["all"])
-            self.precision.setdefault(name, PrecisionMeter()).merge(precision)
+            self.precision.setdefault(name, PrecisionMeter()).merge(precision["all"])
         for name in parts:
             self.chamfer.setdefault(name, ChamferMeter()).merge(chamfer[name])
+        for name in self._areas:
+            self.precision.setdefault(name, PrecisionMeter()).merge(precision[name])
 
     def _pixels(self, points: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         g = self._grid
@@ -294,6 +298,21 @@ def _sampled(lines: Sequence[BaseGeometry]) -> tuple[Array, NDArray[np.int64]]:
     share = np.concatenate([np.linspace(0.0, 1.0, n) for n in counts])
     on = shapely.line_interpolate_point(np.array(lines, object)[owner], share, normalized=True)
     return shapely.get_coordinates(on), owner
+
+
+def _distances(lines: Sequence[LineString], others: Sequence[LineString]) -> tuple[Array, Array, Array]:
+    """Return points [N, 2] along lines, how far (m) each is from the others [N, others], and the mean of each line."""
+    points, owner = _sampled(lines)
+    distance = shapely.distance(shapely.points(points)[:, None], np.array(others, object)[None])
+    total = np.zeros((len(lines), len(others)))
+    np.add.at(total, owner, distance)
+    return points, distance, total / np.bincount(owner, minlength=len(lines))[:, None]
+
+
+def _pieces(line: LineString, area: BaseGeometry) -> list[LineString]:
+    """Return what of a line lies in an area, without what is too short to be counted."""
+    parts = shapely.get_parts(line.intersection(area))
+    return [part for part in parts if part.geom_type == "LineString" and part.length >= SHORTEST_TRUTH_M]
 
 
 def _matches(scores: Sequence[float], distance: Array) -> list[tuple[float, tuple[bool, ...]]]:
