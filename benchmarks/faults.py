@@ -1,4 +1,4 @@
-"""Inject ten faults into one run of the mapping node, and measure how soon after each it is mapping again.
+"""Inject faults into one run of the mapping node, and measure how soon after each it is mapping again.
 
     python benchmarks/faults.py BAG [--hold 4] [--out faults.json]
 
@@ -239,6 +239,16 @@ class Bench:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
     @contextlib.contextmanager
+    def full_from_the_beginning(self) -> Iterator[None]:
+        """The disk is full when a drive begins. Leaving this waits for layers that came meanwhile."""
+        with self.full_disk():
+            self.commit()  # the next frame is of another drive
+            begin = time.monotonic()
+            yield
+            if self.recovered(begin) is None:
+                self.driver.said.append((b"\x03", "no layers while the disk was full"))
+
+    @contextlib.contextmanager
     def corrupted(self) -> Iterator[None]:
         """A tile of a committed drive is overwritten, and put right at the end."""
         tile = max(self.prior.glob("*/drives/*/c/*/*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
@@ -325,6 +335,7 @@ def faults(bench: Bench) -> Iterator[tuple[str, contextlib.AbstractContextManage
     yield "relocalisation: 30 m away, and back", bench.spoiling(elsewhere)
     yield "wrong calibration of a camera", bench.spoiling(wrong)
     yield "disk full", bench.full_disk()
+    yield "disk full when a drive begins", bench.full_from_the_beginning()
     yield "a tile of the prior corrupted", bench.corrupted()
     yield "subscriber flood", bench.flood()
     yield "a truncated bag is played", bench.truncated()

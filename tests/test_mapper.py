@@ -281,6 +281,60 @@ def test_a_failing_disk_does_not_stop_the_layers(
         assert mapper.prior_error == ""
 
 
+def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when a drive begins, a store that cannot be reached, a head that is damaged."""
+    monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 3600.0)
+    tried = []
+
+    def full(*args: Any, **more: Any) -> CityPrior:
+        tried.append(args)
+        raise NmpError("cannot write boston/city.json (No space left on device): free disk space")
+
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper, OnlineMapper(weights, use_prior=False) as single:
+        with monkeypatch.context() as patch:
+            patch.setattr(CityPrior, "open", full)
+            for frame in frames[:2]:
+                expected = single.update(frame).probabilities
+                np.testing.assert_array_equal(mapper.update(frame).probabilities, expected)
+                assert "No space left" in mapper.prior_error and "without a prior" in mapper.prior_error
+            assert len(tried) == 1  # not with every frame
+            with pytest.raises(NmpError, match="No space left"):
+                mapper.flush()
+            with pytest.raises(NmpError, match="No space left"), OnlineMapper(weights, tmp_path / "strict") as strict:
+                strict.update(frames[0])
+        monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 0.0)
+        mapper.update(frames[2])  # begins another attempt
+        mapper.flush()  # waits for it
+        mapper.update(frames[3])
+        assert mapper.prior_size()["tiles"] > 0 and not mapper.prior_error
+
+
+def test_an_attempt_to_open_a_city_holds_no_frame_up(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 0.0)
+    go_on, really = threading.Event(), CityPrior.open
+    answers = iter([NmpError("the store cannot be reached"), None])
+
+    def slow(*args: Any, **more: Any) -> CityPrior:
+        if (error := next(answers)) is not None:
+            raise error
+        assert go_on.wait(20)
+        return really(*args, **more)
+
+    monkeypatch.setattr(CityPrior, "open", slow)
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper:
+        for frame in frames[:3]:
+            mapper.update(frame)
+        assert "cannot be reached" in mapper.prior_error
+        go_on.set()
+        mapper.flush()
+        mapper.update(frames[0])
+        assert not mapper.prior_error and mapper.prior_size()["tiles"] > 0
+
+
 def test_a_disk_that_stays_full_is_told_in_every_frame(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,9 @@ from nmp.prior.storage import Place, Storage
 
 log = logging.getLogger(__name__)
 
+OPEN_AGAIN_S = 3.0
+"""from one attempt to open a city that cannot be opened to the next, s"""
+
 
 def default_prior_dir() -> Path:
     """Return the folder of the city prior when none is named (XDG base directory specification)."""
@@ -51,6 +54,14 @@ class Decoded(NamedTuple):
     present: Tensor
     seconds: float
     """what decoding took, s"""
+
+
+class _Attempt(NamedTuple):
+    """To open a city."""
+
+    begun_s: float
+    """monotonic clock"""
+    done: Future[None]
 
 
 class OnlineMapper:
@@ -69,6 +80,8 @@ class OnlineMapper:
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
     :param min_cameras: images that a frame must have; the network is told which ones are missing
+    :param tolerant: frames are mapped without a prior while it cannot be opened, for a car that must not be blind; else
+        they are refused
 
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that
     is not there or too small.
@@ -89,6 +102,7 @@ class OnlineMapper:
         precision: str = "auto",
         compiled: bool = False,
         min_cameras: int = len(CAMERAS),
+        tolerant: bool = False,
     ) -> None:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
@@ -98,6 +112,7 @@ class OnlineMapper:
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
         self._whole = whole
+        self._tolerant = tolerant
         self.min_cameras = min_cameras
         """images that a frame must have"""
         self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
@@ -106,8 +121,9 @@ class OnlineMapper:
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
         self.prior_error = ""
-        """why the last update could not be saved; empty when it could, or when it waits for the next flush. Storing
-        goes on after :meth:`update` has returned: until it is done (:meth:`settle`) this is about the update before"""
+        """why the last update could not be saved, or had no prior; empty when it was saved, or when it waits for the
+        next flush. Storing goes on after :meth:`update` has returned: until it is done (:meth:`settle`) this is about
+        the update before"""
         self.gates = PoseGate(limits)
         """judges the poses: how often and why a frame was not stored"""
         self.stages_s: dict[str, float] = {}
@@ -117,6 +133,9 @@ class OnlineMapper:
         """of what the last frame saw"""
         self._wrote_s = 0.0
         self._cities: dict[str, CityPrior] = {}
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix="open")
+        self._attempts: dict[str, _Attempt] = {}
+        """the last one for each city that this drive came to"""
         if use_prior and (stored := Storage(self.prior_dir)).local is not None:
             # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
             # list every tile: there it is refused with the first frame.
@@ -139,18 +158,60 @@ class OnlineMapper:
         return self.config.layer_grid
 
     def city(self, location: str) -> CityPrior:
-        """Return the open prior of a city, with all that was mapped so far."""
+        """Return the open prior of a city, with all that was mapped so far.
+
+        Raises :class:`NmpError` when it cannot be opened.
+        """
         self.settle()
+        self._end_attempts()
         if location not in self._cities:
-            self._cities[location] = CityPrior.open(
-                self.prior_dir,
-                location,
-                self.city_spec,
-                flush_interval_s=self._flush_interval_s,
-                vehicle=self._vehicle,
-                whole=self._whole,
-            )
+            self._open(location)
         return self._cities[location]
+
+    def _open(self, location: str) -> None:
+        self._cities[location] = CityPrior.open(
+            self.prior_dir,
+            location,
+            self.city_spec,
+            flush_interval_s=self._flush_interval_s,
+            vehicle=self._vehicle,
+            whole=self._whole,
+        )
+        if self.prior_error:
+            log.warning("the prior of %s is open now: what is seen is remembered from here on", location)
+        self.prior_error = ""
+
+    def _city_if_it_opens(self, location: str) -> CityPrior | None:
+        """Return the open prior of a city; None, and :attr:`prior_error`, while it cannot be opened.
+
+        The first attempt is waited for, as no drive should begin without what is known; later ones are made beside the
+        frames, as a store that cannot be reached takes its time.
+        """
+        if not self._tolerant:
+            return self.city(location)
+        if location in self._cities:
+            return self._cities[location]
+        attempt, now = self._attempts.get(location), time.monotonic()
+        if attempt is None or (attempt.done.done() and now - attempt.begun_s > OPEN_AGAIN_S):
+            first = attempt is None
+            attempt = self._attempts[location] = _Attempt(now, self._opening.submit(self._open, location))
+            if first:
+                wait((attempt.done,))
+        if not attempt.done.done():
+            return None
+        try:
+            attempt.done.result()
+        except NmpError as error:
+            text = f"mapping without a prior, nothing is remembered: {error}"
+            if text != self.prior_error:
+                log.error("%s", text)
+            self.prior_error = text
+            return None
+        return self._cities[location]
+
+    def _end_attempts(self) -> None:
+        """Wait until nobody tries to open a city any more."""
+        wait([attempt.done for attempt in self._attempts.values()])
 
     def update(self, frame: Frame, decoded: Decoded | None = None) -> LocalMap:
         """Map one frame, and add what it saw to the prior, unless its pose is doubtful (:attr:`gates`).
@@ -178,11 +239,16 @@ class OnlineMapper:
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
-        city = self.city(frame.location)
-        city.prefetch(x, y, yaw_of(frame.map_from_base))
+        city = self._city_if_it_opens(frame.location)
+        latent, evidence = self._runner.window
+        if city is not None:
+            city.prefetch(x, y, yaw_of(frame.map_from_base))
+            city.read(window, (latent, evidence))
+        else:  # with nothing in it the network gives what it gives without a prior
+            latent.fill(0)
+            evidence.fill(0)
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
-        _, evidence = city.read(window, self._runner.window)
         clock.done("reading prior")
         weight = self.gates.check(frame)
         if weight < 1:
@@ -192,7 +258,7 @@ class OnlineMapper:
         answer = _checked(self._runner.answer(pose, spread))
         clock.done("network")
         self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
-        if self.gates.may_store(answer.found):
+        if self.gates.may_store(answer.found) and city is not None:
             self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns)
         return self._local_map(frame, answer)
 
@@ -237,8 +303,13 @@ class OnlineMapper:
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
 
     def flush(self) -> None:
-        """Write everything that the prior holds to disk."""
+        """Write everything that the prior holds to disk.
+
+        Raises :class:`NmpError` when that is not possible, also because a city cannot be opened.
+        """
         self.settle()
+        for location in self._attempts:
+            self.city(location)
         for city in self._cities.values():
             city.flush()
 
@@ -255,6 +326,8 @@ class OnlineMapper:
         :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
         """
         self.settle()
+        self._end_attempts()
+        self._attempts.clear()
         self.gates.restart()
         added = {}
         while self._cities:
@@ -266,6 +339,8 @@ class OnlineMapper:
     def discard(self) -> None:
         """Release the prior without what this drive added to it."""
         self.settle()
+        self._end_attempts()
+        self._attempts.clear()
         self.gates.restart()
         while self._cities:
             _, city = self._cities.popitem()

@@ -75,6 +75,7 @@ def load_mapper(settings: Settings) -> Mapper:
         precision=settings["precision"],
         compiled=settings["compile"],
         min_cameras=1,  # the assembler decides
+        tolerant=True,
         limits=GateLimits(**{f.name: settings[GATE + f.name] for f in dataclasses.fields(GateLimits)}),
     )
 
