@@ -6,6 +6,8 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
+from nmp.nodes.parameters import LAUNCH_TIMEOUTS
+
 
 def share(*parts: str) -> PathJoinSubstitution:
     return PathJoinSubstitution([FindPackageShare("nmp"), *parts])
@@ -86,6 +88,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
             executable="mapping_supervisor",  # a mapping node that is started anew when it was killed
             name="mapping_node",
             output="screen",
+            **LAUNCH_TIMEOUTS,
             parameters=[params_file, {"use_sim_time": use_sim_time, **overrides}],
             # a map that nobody updates any more must not look alive
             on_exit=[Shutdown(reason="mapping_node ended")],
@@ -99,6 +102,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
                 executable="player_node",
                 name="player_node",
                 output="screen",
+                **LAUNCH_TIMEOUTS,
                 parameters=[{"bag": bag, "rate": float(value("rate")), "loop": value("loop") == "true"}],
             )
         )
@@ -108,6 +112,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
                 package="rviz2",
                 executable="rviz2",
                 name="rviz2",
+                **LAUNCH_TIMEOUTS,
                 arguments=["-d", share("rviz", "nmp.rviz")],
                 parameters=[{"use_sim_time": use_sim_time}],
             )

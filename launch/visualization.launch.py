@@ -6,6 +6,8 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
+from nmp.nodes.parameters import LAUNCH_TIMEOUTS
+
 ARGUMENTS = [
     DeclareLaunchArgument(
         "config",
@@ -30,6 +32,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
             package="rviz2",
             executable="rviz2",
             name="rviz2",
+            **LAUNCH_TIMEOUTS,
             arguments=["-d", value("config")],
             parameters=[{"use_sim_time": value("use_sim_time") == "true"}],
         )

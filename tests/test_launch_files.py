@@ -14,7 +14,7 @@ import yaml
 
 from nmp.frame import CAMERAS, CLASSES
 from nmp.nodes import reference
-from nmp.nodes.parameters import PARAMETERS, PLATFORMS
+from nmp.nodes.parameters import PARAMETERS, PLATFORMS, STOP_TIMEOUT
 from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,7 +278,9 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     (timer,) = handlers[nodes["player_node"]](done, None)
     stopped = [e.kwargs["event"].kwargs["process_matcher"] for e in timer.kwargs["actions"]]
     assert stopped == [nodes["mapping_node"], nodes["recorder_node"]] and timer.kwargs["period"] > 0
-    (evaluator,) = handlers[nodes["recorder_node"]](done, None)
+    # whichever of them ends first: the other one is waited for
+    assert handlers[nodes["recorder_node"]](done, None) == []
+    (evaluator,) = handlers[nodes["mapping_node"]](done, None)
     command = evaluator.kwargs["cmd"][3:]
     from nmp.cli import build_parser
 
@@ -286,6 +288,24 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     assert (args.layers, args.version) == ([nodes["recorder_node"].kwargs["parameters"][0]["out_dir"]], "v1.0-mini")
     (end,) = handlers[evaluator](done, None)
     assert type(end).__name__ == "Shutdown"
+    with pytest.raises(SystemExit) as code:
+        handlers.pop(evaluator)(failed, None)
+    assert code.value.code == 2
     for handler in handlers.values():
         with pytest.raises(RuntimeError, match="it ended with code 2"):
             handler(failed, None)
+
+
+def test_nodes_are_given_the_time_to_save(launch_packages: None) -> None:
+    evaluation = {"bag": "/b", "maps": "/m", "out": "/o"}
+    for path in LAUNCH_FILES:
+        name = path.name.removesuffix(".launch.py")
+        module = load(name)
+        given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS} | {"params_file": "p.yaml"}
+        given |= evaluation if name == "replay_eval" else {"bag": "/b", "rviz": "true"}
+        actions = (module.start if name == "replay_eval" else module.start_nodes)(given)
+        nodes = [a.kwargs for a in actions if type(a).__name__ == "Node"]
+        assert len(nodes) == {"mapping": 3, "replay_eval": 3, "visualization": 1}[name]
+        for node in nodes:
+            for limit in ("sigterm_timeout", "sigkill_timeout"):
+                assert isinstance(node[limit], str) and float(node[limit]) > STOP_TIMEOUT

@@ -17,6 +17,8 @@ REPORT_PERIOD = 1.0
 """time between two messages on /diagnostics, s of wall time"""
 STOP_TIMEOUT = 30.0
 """longest wait for the network and the disk when the node is deactivated or ends, s"""
+LAUNCH_TIMEOUTS = dict.fromkeys(("sigterm_timeout", "sigkill_timeout"), str(STOP_TIMEOUT + 5.0))
+"""of every node in a launch file: launch would kill one that still saves after 10 s"""
 
 Value = bool | int | float | str | tuple[str, ...]
 
