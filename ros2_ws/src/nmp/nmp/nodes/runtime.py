@@ -14,6 +14,7 @@ import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
 
 from nmp.errors import NmpError
@@ -62,8 +63,14 @@ def open_ros() -> Node:
     The caller destroys it once the other is there.
     """
     _init(None)
-    name = f"_nmp_spare_{os.getpid()}"
-    return rclpy.create_node(name, use_global_arguments=False, enable_rosout=False, start_parameter_services=False)
+    # It serves nothing: under SROS 2 the names of its services would be in no policy.
+    return rclpy.create_node(
+        f"_nmp_spare_{os.getpid()}",
+        use_global_arguments=False,
+        enable_rosout=False,
+        start_parameter_services=False,
+        parameter_overrides=[Parameter("start_type_description_service", value=False)],
+    )
 
 
 def _init(args: Sequence[str] | None) -> None:
