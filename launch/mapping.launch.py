@@ -1,11 +1,12 @@
 """Map online: ``ros2 launch nmp mapping.launch.py``, with ``bag:=<folder>`` to play a recording into it."""
 
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable, Shutdown
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
+from nmp.nodes.loopback import loopback
 from nmp.nodes.parameters import LAUNCH_TIMEOUTS
 
 
@@ -66,10 +67,16 @@ ARGUMENTS = [
         choices=["true", "false"],
         description="Open RViz with the layers and the cameras.",
     ),
+    DeclareLaunchArgument(
+        "local",
+        default_value="true",
+        choices=["true", "false"],
+        description="Keep DDS on this machine, unless the environment says otherwise; false: others are reached.",
+    ),
 ]
 
 
-def start_nodes(context: LaunchContext) -> list[Node]:
+def start_nodes(context: LaunchContext) -> list[SetEnvironmentVariable | Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
@@ -117,7 +124,8 @@ def start_nodes(context: LaunchContext) -> list[Node]:
                 parameters=[{"use_sim_time": use_sim_time}],
             )
         )
-    return nodes
+    local = loopback(context.environment) if value("local") == "true" else {}
+    return [*(SetEnvironmentVariable(name, text) for name, text in local.items()), *nodes]
 
 
 def generate_launch_description() -> LaunchDescription:

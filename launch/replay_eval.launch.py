@@ -14,6 +14,7 @@ from launch.actions import (
     ExecuteProcess,
     OpaqueFunction,
     RegisterEventHandler,
+    SetEnvironmentVariable,
     Shutdown,
     TimerAction,
 )
@@ -24,6 +25,7 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
+from nmp.nodes.loopback import loopback
 from nmp.nodes.parameters import LAUNCH_TIMEOUTS
 
 SETTLE_S = 5.0
@@ -52,6 +54,12 @@ ARGUMENTS = [
         choices=["cpu", "gpu"],
         description="What the network is computed on; chooses the parameter file.",
     ),
+    DeclareLaunchArgument(
+        "local",
+        default_value="true",
+        choices=["true", "false"],
+        description="Keep DDS on this machine, unless the environment says otherwise; false: others are reached.",
+    ),
 ]
 
 
@@ -61,7 +69,7 @@ def check(event: ProcessExited) -> None:
         raise RuntimeError(f"{event.process_name} ended with code {event.returncode}")
 
 
-def start(context: LaunchContext) -> list[RegisterEventHandler | Node]:
+def start(context: LaunchContext) -> list[SetEnvironmentVariable | RegisterEventHandler | Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
@@ -108,7 +116,9 @@ def start(context: LaunchContext) -> list[RegisterEventHandler | Node]:
         return [Shutdown(reason="the bag is scored")]
 
     handlers = [(player, stop_nodes), (mapper, ended("mapper")), (recorder, ended("recorder")), (evaluator, end)]
+    local = loopback(context.environment) if value("local") == "true" else {}
     return [
+        *(SetEnvironmentVariable(name, text) for name, text in local.items()),
         *(RegisterEventHandler(OnProcessExit(target_action=action, on_exit=do)) for action, do in handlers),
         recorder,
         mapper,

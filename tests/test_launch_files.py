@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from nmp.frame import CAMERAS, CLASSES
 from nmp.nodes import reference
+from nmp.nodes.loopback import PROFILE
 from nmp.nodes.parameters import PARAMETERS, PLATFORMS, STOP_TIMEOUT
 from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
@@ -30,6 +32,12 @@ class Recorded:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
         self.kwargs = kwargs
+
+
+class Context(dict[str, str]):
+    """A launch context: the arguments, and an environment."""
+
+    environment: Mapping[str, str] = {}
 
 
 class Configuration(Recorded):
@@ -58,7 +66,7 @@ def launch_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(name: str) -> type[Recorded]:
         return type(name, (Recorded,), {})
 
-    module("launch", LaunchContext=dict, LaunchDescription=kind("LaunchDescription"))
+    module("launch", LaunchContext=Context, LaunchDescription=kind("LaunchDescription"))
     module(
         "launch.actions",
         DeclareLaunchArgument=kind("DeclareLaunchArgument"),
@@ -66,6 +74,7 @@ def launch_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         ExecuteProcess=kind("ExecuteProcess"),
         OpaqueFunction=kind("OpaqueFunction"),
         RegisterEventHandler=kind("RegisterEventHandler"),
+        SetEnvironmentVariable=kind("SetEnvironmentVariable"),
         Shutdown=kind("Shutdown"),
         TimerAction=kind("TimerAction"),
     )
@@ -93,7 +102,8 @@ def start(module: ModuleType, **given: str) -> dict[str, dict[str, Any]]:
     context = {argument.args[0]: argument.kwargs["default_value"] for argument in module.ARGUMENTS}
     context["params_file"] = "params.yaml"
     assert set(given) <= set(context)
-    return {node.kwargs["executable"]: node.kwargs for node in module.start_nodes({**context, **given})}
+    actions = module.start_nodes(Context({**context, **given}))
+    return {node.kwargs["executable"]: node.kwargs for node in actions if type(node).__name__ == "Node"}
 
 
 def executables() -> dict[str, str]:
@@ -122,7 +132,7 @@ def test_mapping_starts_without_any_argument(stubbed: ModuleType) -> None:
     names = [argument.args[0] for argument in stubbed.ARGUMENTS]
     assert names == (
         ["bag", "rate", "loop", "prior", "weights", "location"]
-        + ["platform", "params_file", "autostart", "use_sim_time", "rviz"]
+        + ["platform", "params_file", "autostart", "use_sim_time", "rviz", "local"]
     )
     assert all("default_value" in argument.kwargs for argument in stubbed.ARGUMENTS)
 
@@ -253,11 +263,40 @@ def test_generated_files_are_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"run python -m nmp.nodes.reference: {path} is out of date"
 
 
+SUBNET = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"}
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ("true", {}, ["LOCALHOST", str(PROFILE), str(PROFILE)]),
+        ("true", {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, [str(PROFILE), str(PROFILE)]),
+        ("true", {"FASTRTPS_DEFAULT_PROFILES_FILE": "mine.xml"}, ["LOCALHOST"]),
+        ("true", SUBNET, []),  # somebody wants others to be reached
+        ("false", {}, []),
+    ],
+)
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda p: p.name)
+def test_dds_stays_on_this_machine(
+    launch_packages: None, path: Path, given: str, environment: dict[str, str], expected: list[str]
+) -> None:
+    assert PROFILE.is_file()
+    module = load(path.name.removesuffix(".launch.py"))
+    context = Context({a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS})
+    assert context["local"] == "true"
+    context |= {"local": given, "params_file": "p.yaml"}
+    context.environment = environment
+    started = (getattr(module, "start_nodes", None) or module.start)(context)
+    kinds = [type(action).__name__ for action in started]
+    assert kinds.index("Node") >= len(expected)  # a node takes the environment that it finds
+    assert [a.args[1] for a in started if type(a).__name__ == "SetEnvironmentVariable"] == expected
+
+
 def test_visualization_shows_the_shipped_view(launch_packages: None) -> None:
     module = load("visualization")
     config = {a.args[0]: a.kwargs["default_value"] for a in module.ARGUMENTS}["config"]
     assert config.args[0][1:] == ["rviz", RVIZ_FILE.name]
-    nodes = module.start_nodes({"config": "mine.rviz", "use_sim_time": "true"})
+    nodes = module.start_nodes(Context(config="mine.rviz", use_sim_time="true", local="false"))
     assert [n.kwargs["arguments"] for n in nodes] == [["-d", "mine.rviz"]]
     assert nodes[0].kwargs["parameters"] == [{"use_sim_time": True}]
 
@@ -266,7 +305,7 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     module = load("replay_eval")
     given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS}
     given |= {"bag": "/b", "maps": "/m", "out": "/o", "prior": "/p", "version": "v1.0-mini"}
-    actions = module.start(given)
+    actions = module.start(Context(given, local="false"))
     nodes = {a.kwargs["executable"]: a for a in actions if "executable" in a.kwargs}
     assert set(nodes) <= set(executables()) and len(nodes) == 3
     mapper = nodes["mapping_node"].kwargs["parameters"]
@@ -303,7 +342,7 @@ def test_nodes_are_given_the_time_to_save(launch_packages: None) -> None:
         module = load(name)
         given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS} | {"params_file": "p.yaml"}
         given |= evaluation if name == "replay_eval" else {"bag": "/b", "rviz": "true"}
-        actions = (module.start if name == "replay_eval" else module.start_nodes)(given)
+        actions = (module.start if name == "replay_eval" else module.start_nodes)(Context(given))
         nodes = [a.kwargs for a in actions if type(a).__name__ == "Node"]
         assert len(nodes) == {"mapping": 3, "replay_eval": 3, "visualization": 1}[name]
         for node in nodes:
