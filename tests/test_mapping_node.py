@@ -26,10 +26,13 @@ pytest.importorskip("nmp_msgs")
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
-from sensor_msgs.msg import Image  # noqa: E402
+from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
+from nmp.assembly import FrameAssembler  # noqa: E402
 from nmp.bags.reader import BagMessage  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
@@ -39,8 +42,10 @@ from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import to_ns, to_occupancy_grids  # noqa: E402
+from nmp.nodes.inputs import Arrival, Inputs  # noqa: E402
 from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
 from nmp.nodes.mapping_node import OVERTAKEN, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
+from nmp.nodes.parameters import PARAMETERS  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
@@ -293,6 +298,54 @@ def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
 def test_vectors_can_be_switched_off(world: Ros) -> None:
     rig = Rig(world, vectors=False)
     assert "/mapping_node/vectors" not in dict(rig.node.get_topic_names_and_types())
+
+
+class Busy:
+    """Inputs whose executor does something else until it is told to look."""
+
+    def __init__(self, world: Ros, assembler: FrameAssembler) -> None:
+        self._node = Node("listener", context=world.context)
+        self._executor = SingleThreadedExecutor(context=world.context)
+        self._executor.add_node(self._node)
+        self.arrivals: list[tuple[Arrival, float]] = []
+        settings: Any = {p.name: p.default for p in PARAMETERS} | {"location": LOCATION}
+        self.inputs = Inputs(
+            self._node, settings, assembler, lambda arrival: self.arrivals.append((arrival, time.monotonic()))
+        )
+
+    def look(self, count: int) -> None:
+        """Take messages until so many have come, or nothing comes any more."""
+        quiet = time.monotonic() + 5.0
+        while (before := len(self.arrivals)) < count and time.monotonic() < quiet:
+            self._executor.spin_once(timeout_sec=0.1)
+            if len(self.arrivals) > before:
+                quiet = time.monotonic() + 5.0
+
+    def close(self) -> None:
+        self.inputs.close()
+        self._executor.shutdown()
+        self._node.destroy_node()
+
+
+def test_time_counts_from_the_publication_of_the_last_message(world: Ros) -> None:
+    """What DDS, a busy executor and putting a frame together take is not left out."""
+    assembler = FrameAssembler()
+
+    def slow(name: str, message: CameraInfo) -> None:
+        time.sleep(0.2)
+
+    assembler.add_camera_info = slow  # type: ignore[method-assign]
+    busy = Busy(world, assembler)
+    sender = world.probe().create_publisher(CameraInfo, "cam_back/camera_info", 10)
+    assert until(sender.get_subscription_count)
+    sender.publish(CameraInfo())
+    time.sleep(0.3)
+    begin = time.monotonic()
+    busy.look(1)
+    ((arrival, done_s),) = busy.arrivals
+    assert arrival.topic == "cam_back/camera_info" and arrival.transport_s is not None
+    assert 0.3 <= arrival.transport_s < 10 and begin <= arrival.received_s <= done_s - 0.2
+    busy.close()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -130,7 +130,7 @@ def test_the_whole_life(world: Ros, drive: Path) -> None:
         assert answered(rig, 4 * count) and not rig.drops
         told = {v.key: v.value for v in rig.report().values}
         assert told["state"] == "active" and told["frames answered"] == str(4 * count)
-        stages = ("assembling", "waiting", "network", "publishing")
+        stages = ("transport", "assembling", "waiting", "network", "publishing")
         assert all(float(told[f"latency {stage} (s)"]) >= 0 for stage in stages)
         assert told["prior tiles"] == "7" and told["cameras lost"] == "none"
         mapper = making.made[-1]()

@@ -29,7 +29,7 @@ from nmp.extrinsics import read_extrinsics
 from nmp.frame import Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate
 from nmp.nodes.diagnostics import Condition, Reports
-from nmp.nodes.inputs import Inputs
+from nmp.nodes.inputs import Arrival, Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
 from nmp.nodes.parameters import GATE, PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
@@ -224,12 +224,12 @@ class MappingNode(ManagedNode):
 
     # ------------------------------------------------------------------------------------------------------- frames
 
-    def _arrived(self, topic: str) -> None:
+    def _arrived(self, arrival: Arrival) -> None:
         """A message is in the assembler: pass on what it completes."""
         inputs, worker = self._inputs, self.worker
         if inputs is None or worker is None or self.outputs is None:
             return  # taken from the middleware before the node stopped to listen
-        self.statistics.received += topic == inputs.anchor_topic
+        self.statistics.received += arrival.topic == inputs.anchor_topic
         # A frame that is complete stays one when the clock jumps: what waits for the network is mapped all the same.
         frames = self.assembler.pop_frames()
         if not frames:
@@ -239,9 +239,12 @@ class MappingNode(ManagedNode):
         elif self.settings["idle_without_subscribers"] and not self.outputs.wanted:
             self.statistics.skip("no subscribers", len(frames))
         else:
-            now = time.monotonic()
-            each, inputs.busy_s = inputs.busy_s / len(frames), 0.0
-            for old in worker.offer([Waiting(f, now, each) for f in frames], self.settings["queue_size"]):
+            before = {"assembling": inputs.busy_s / len(frames)}
+            if arrival.transport_s is not None:
+                before = {"transport": arrival.transport_s, **before}
+            inputs.busy_s = 0.0
+            new = [Waiting(frame, arrival.received_s, before) for frame in frames]
+            for old in worker.offer(new, self.settings["queue_size"]):
                 if not old.frame.keyframe:
                     self.statistics.skip(OVERTAKEN, 1)
                     continue
@@ -270,7 +273,7 @@ class MappingNode(ManagedNode):
             mapped = time.monotonic()
             outputs.publish_layers(local_map)
             end = time.monotonic()
-            before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
+            before = {**waiting.before_s, "waiting": begin - waiting.received_s}
             stages = {**before, **mapper.stages_s, "publishing": end - mapped}
             self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
