@@ -257,6 +257,18 @@ def test_one_missing_image_in_a_stream_is_bridged(stream: Messages) -> None:
     assert "cam_back has no image" in only(assembler, "missing camera", 1)
 
 
+def test_a_keyframe_that_lacks_a_camera_tells_the_stamps(stream: Messages, caplog: pytest.LogCaptureFixture) -> None:
+    assembler = FrameAssembler(max_camera_spread=0.05)
+    assembler.limits = replace(assembler.limits, keyframe_rate=2.0)
+    with caplog.at_level("DEBUG", "nmp"):
+        run(without(stream, image_of("cam_back"), 6), assembler)
+    assert assembler.drops == {"missing camera": 1}
+    (text,) = caplog.messages
+    # the images before and after the lost one are there
+    assert "cam_back has no image within 0.05 s" in text and "-0.058, +0.108];" in text
+    assert "cam_front_right: newest +" in text
+
+
 def test_wrong_image_size(keyframes: Messages) -> None:
     def shrink(m: Any) -> None:
         m.data = np.frombuffer(jpeg(1, 80, 45), np.uint8)

@@ -28,7 +28,7 @@ from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
-from sensor_msgs.msg import CameraInfo, Image  # noqa: E402
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
@@ -41,7 +41,7 @@ from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
-from nmp.nodes.conversions import to_ns, to_occupancy_grids  # noqa: E402
+from nmp.nodes.conversions import to_ns, to_occupancy_grids, to_time  # noqa: E402
 from nmp.nodes.inputs import Arrival, Inputs  # noqa: E402
 from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
 from nmp.nodes.mapping_node import OVERTAKEN, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
@@ -345,6 +345,21 @@ def test_time_counts_from_the_publication_of_the_last_message(world: Ros) -> Non
     ((arrival, done_s),) = busy.arrivals
     assert arrival.topic == "cam_back/camera_info" and arrival.transport_s is not None
     assert 0.3 <= arrival.transport_s < 10 and begin <= arrival.received_s <= done_s - 0.2
+    busy.close()
+
+
+def test_no_image_is_lost_while_the_executor_is_busy_for_two_seconds(world: Ros) -> None:
+    busy = Busy(world, FrameAssembler())
+    topic = "cam_back/image_raw/compressed"
+    sender = world.probe().create_publisher(CompressedImage, topic, profile(topics.SENSOR_OUT))
+    assert until(sender.get_subscription_count)
+    image = CompressedImage(data=jpeg(1))
+    for number in range(24):  # at 12 Hz
+        image.header.stamp = to_time(START_NS + number * 83_000_000)
+        sender.publish(image)
+        time.sleep(0.005)
+    busy.look(24)
+    assert busy.inputs.counts[topic] == 24
     busy.close()
 
 

@@ -67,7 +67,7 @@ class Inputs:
         for name, prefix in assembler.prefixes.items():
             image = topics.image_topic(prefix, transport)
             keep = _sealed_image(assembler, name, image_type, transport)
-            self._listen(image_type, image, topics.SENSOR_IN, keep, steady=True, sealed=True)
+            self._listen(image_type, image, topics.image_qos(transport), keep, steady=True, sealed=True)
             info = topics.camera_info_topic(prefix)
             self._listen(CameraInfo, info, topics.SENSOR_IN, _calibration(assembler, name), sealed=True)
         self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)

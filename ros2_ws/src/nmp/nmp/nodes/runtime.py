@@ -13,6 +13,7 @@ from typing import Any
 import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.logging import LoggingSeverity
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
@@ -39,7 +40,7 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
     try:
         node = make(stop)
         executor.add_node(node)
-        logging.getLogger("nmp").addHandler(ToRos(node))
+        forward_log(node)
         spinner = threading.Thread(target=_spin, args=(executor, stop), name="executor", daemon=True)
         spinner.start()
         stop.wait()
@@ -82,11 +83,19 @@ class ToRos(logging.Handler):
     """Sends what the library logs, for instance of a damaged prior, on to a node's log and so to ``/rosout``."""
 
     def __init__(self, node: Node) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.DEBUG)
         self._logger = node.get_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
-        (self._logger.error if record.levelno >= logging.ERROR else self._logger.warning)(record.getMessage())
+        say = {logging.ERROR: self._logger.error, logging.WARNING: self._logger.warning}
+        say.get(record.levelno, self._logger.debug)(record.getMessage())
+
+
+def forward_log(node: Node) -> None:
+    """Send what the library logs to a node's log: warnings and errors, and with ``--log-level debug`` everything."""
+    log = logging.getLogger("nmp")
+    log.addHandler(ToRos(node))
+    log.setLevel(logging.DEBUG if node.get_logger().is_enabled_for(LoggingSeverity.DEBUG) else logging.WARNING)
 
 
 def _spin(executor: SingleThreadedExecutor, stop: threading.Event) -> None:
