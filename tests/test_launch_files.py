@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from nmp.frame import CAMERAS, CLASSES
 from nmp.nodes import reference
 from nmp.nodes.loopback import PROFILE
 from nmp.nodes.parameters import PARAMETERS, PLATFORMS, STOP_TIMEOUT
-from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
+from nmp.topics import BEV, FOOTPRINT, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -237,15 +238,24 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
             )
     layers = {private(topic(name)) for name in CLASSES for topic in (layer_topic, city_topic)}
     pictures = {private(BEV), *(absolute(image_topic(camera)) for camera in CAMERAS)}
-    assert set(shown) == layers | pictures | {private(VECTORS)}
-    for topic in (*layers, private(VECTORS)):
-        kind = "Map" if topic in layers else "MarkerArray"
+    latched = dict.fromkeys(layers, "Map") | {private(VECTORS): "MarkerArray", private(FOOTPRINT): "Polygon"}
+    assert set(shown) == set(latched) | pictures
+    for topic, kind in latched.items():
         assert shown[topic].kind == f"rviz_default_plugins/{kind}"
         assert (shown[topic].durability, shown[topic].reliability) == ("Transient Local", "Reliable")
     for topic in pictures:
         # a best-effort reader matches every writer
         assert (shown[topic].kind, shown[topic].reliability) == ("rviz_default_plugins/Image", "Best Effort")
     assert any(display["Class"] == "rviz_default_plugins/TF" for display in manager["Displays"])
+
+
+def test_what_launch_files_and_rviz_need_is_a_dependency() -> None:
+    needed = {e.text for e in ElementTree.parse(PACKAGE / "package.xml").iter("exec_depend")}
+    displays = yaml.safe_load(RVIZ_FILE.read_text(encoding="utf-8"))["Visualization Manager"]["Displays"]
+    assert {"launch", "launch_ros", "rviz2", *(d["Class"].split("/")[0] for d in displays)} <= needed
+    # RViz takes compressed images through these
+    assert any(d.get("Topic", {}).get("Value", "").endswith("/compressed") for d in displays)
+    assert "image_transport_plugins" in needed
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -24,6 +24,7 @@ pytest.importorskip("tf2_msgs")
 pytest.importorskip("nmp_msgs")
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
+from geometry_msgs.msg import PolygonStamped  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
@@ -143,6 +144,8 @@ class Rig:
         for name in CLASSES:
             topic = f"/mapping_node/layers/{name}"
             probe.create_subscription(OccupancyGrid, topic, self.layers[name].append, deep)
+        self.cars: list[PolygonStamped] = []
+        probe.create_subscription(PolygonStamped, "/mapping_node/footprint", self.cars.append, deep)
         sensor = profile(topics.PICTURE)
         probe.create_subscription(Image, "/mapping_node/bev", self.pictures.append, sensor)
         probe.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.statuses.extend(m.status), 10)
@@ -209,6 +212,10 @@ def test_layers_are_published(world: Ros, drive: Path) -> None:
         assert back.grid == GRID
         np.testing.assert_allclose(back.map_from_base[:2, 3], frame.map_from_base[:2, 3], atol=1e-6)
         assert yaw_of(back.map_from_base) == pytest.approx(yaw_of(frame.map_from_base))
+        car = rig.cars[i]
+        assert (car.header.frame_id, to_ns(car.header.stamp)) == ("map", frame.stamp_ns)
+        nose = inverse(frame.map_from_base) @ [car.polygon.points[2].x, car.polygon.points[2].y, 0.0, 1.0]
+        np.testing.assert_allclose(nose[:2], (3.6, 0.0), atol=1e-3)
     assert rig.pictures and rig.pictures[0].encoding == "rgb8"
     assert rig.status(DiagnosticStatus.OK, "frames in the last second")
 

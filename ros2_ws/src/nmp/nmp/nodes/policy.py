@@ -44,8 +44,9 @@ def rights() -> tuple[Rights, ...]:
     served = tuple(f"~/{name}" for name in (*_PARAMETERS, *_PARAMETERS_SET, "get_type_description"))
     inputs = tuple(topic.name for topic in interface.inputs())
     recorded = tuple(_of_mapping(topic.name) for topic in interface.OUTPUTS if topic.name in _recorded())
-    # a page shows everything but ~/bev, which it draws itself
-    shown = tuple(_of_mapping(topic.name) for topic in interface.OUTPUTS if topic.name != topics.BEV)
+    # a page draws the layers and the car itself
+    own = (topics.BEV, topics.FOOTPRINT)
+    shown = tuple(_of_mapping(topic.name) for topic in interface.OUTPUTS if topic.name not in own)
     watched = (*(topics.image_topic(name) for name in CAMERAS), topics.ODOM, topics.TF_STATIC)
     return (
         Rights(
