@@ -110,6 +110,25 @@ def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_pa
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
+def test_what_of_the_prior_is_damaged_is_told(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        assert mapper.prior_state().damage == ""
+        mapper.update(frames[0])
+        state = mapper.prior_state()
+        assert 0 < state.counts["resident tiles"] <= state.counts["tiles"]
+        assert (state.counts["damaged tiles"], state.damage) == (0, "")
+        told = CityPrior.statistics
+
+        def damaged(self: CityPrior) -> Any:
+            return told(self) | {"damaged_tiles": 2, "damage": "tile 3 fails its checksum"}
+
+        monkeypatch.setattr(CityPrior, "statistics", damaged)
+        state = mapper.prior_state()
+        assert (state.counts["damaged tiles"], state.damage) == (2, "tile 3 fails its checksum")
+
+
 def test_two_runs_are_the_same_to_the_bit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
     one, two = (_run(weights, tmp_path / name, frames) for name in ("a", "b"))
     for first, second in zip(one, two, strict=True):

@@ -41,6 +41,7 @@ from nmp.gate import CAUSES, JUMPS, PoseGate  # noqa: E402
 from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
+from nmp.mapper import PriorState  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import to_ns, to_occupancy_grids, to_time  # noqa: E402
 from nmp.nodes.inputs import Arrival, Inputs  # noqa: E402
@@ -71,6 +72,7 @@ class FakeMapper:
         self.prior_dir = Path("nowhere")
         self.stages_s = {"network": seconds}
         self.threads: set[str] = set()
+        self.damage = ""
 
     def update(self, frame: Frame) -> LocalMap:
         self.threads.add(threading.current_thread().name)
@@ -86,8 +88,8 @@ class FakeMapper:
             raise self.flush_error
         self.flushed += 1
 
-    def prior_size(self) -> dict[str, int]:
-        return {"tiles": 7}
+    def prior_state(self) -> PriorState:
+        return PriorState({"tiles": 7}, self.damage)
 
     def close(self) -> dict[str, Record]:
         self.threads.add(threading.current_thread().name)
@@ -452,6 +454,15 @@ def test_a_prior_that_cannot_be_saved_is_an_error_while_layers_go_out(world: Ros
     rig.play(drive)
     assert len(rig.mapper.frames) == len(rig.layers["divider"]) == 4
     assert rig.status(DiagnosticStatus.ERROR, "No space left")
+
+
+def test_damage_of_the_prior_is_a_warning(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    rig.mapper.damage = "boston-seaport: tile 3.4 of drive 5fa1 fails its checksum: nmp prior verify --repair"
+    rig.play(drive)
+    assert len(rig.layers["divider"]) == 4
+    assert rig.status(DiagnosticStatus.WARN, "the prior is damaged: boston-seaport: tile 3.4")
+    assert {v.key: v.value for v in rig.report().values}["prior damage"] == rig.mapper.damage
 
 
 def test_a_gate_that_closes_is_a_warning_and_is_counted(world: Ros, drive: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,15 @@ class _Attempt(NamedTuple):
     begun_s: float
     """monotonic clock"""
     done: Future[None]
+
+
+class PriorState(NamedTuple):
+    """What the open cities hold."""
+
+    counts: Mapping[str, int]
+    """by kind: tiles, bytes"""
+    damage: str
+    """what is damaged, and what to do; empty when nothing that was read is"""
 
 
 class OnlineMapper:
@@ -301,6 +311,14 @@ class OnlineMapper:
         sizes = [city.statistics() for city in list(self._cities.values())]
         names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
+
+    def prior_state(self) -> PriorState:
+        """Return what the open cities hold, and what of it is damaged."""
+        self.settle()
+        found = [city.statistics() for city in list(self._cities.values())]
+        names = ("tiles", "resident_tiles", "dirty_tiles", "damaged_tiles", "resident_bytes", "bytes_on_disk")
+        counts = {name.replace("_", " "): sum(int(one.get(name, 0)) for one in found) for name in names}
+        return PriorState(counts, next((str(text) for one in found if (text := one.get("damage"))), ""))
 
     def flush(self) -> None:
         """Write everything that the prior holds to disk.

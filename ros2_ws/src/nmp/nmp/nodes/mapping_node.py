@@ -6,6 +6,7 @@ everything that touches it runs there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
@@ -42,6 +43,9 @@ from nmp.prior.record import Record
 from nmp.prior.storage import Place, place_of
 from nmp.process import prepare_process
 
+if TYPE_CHECKING:
+    from nmp.mapper import PriorState
+
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
 REFUSED, QUEUE_FULL, OVERTAKEN = "refused by the mapper", "queue full", "overtaken by a newer frame"
@@ -57,7 +61,7 @@ class Mapper(Protocol):
     @property
     def stages_s(self) -> Mapping[str, float]: ...
     def update(self, frame: Frame) -> LocalMap: ...
-    def prior_size(self) -> Mapping[str, int]: ...
+    def prior_state(self) -> PriorState: ...
     def flush(self) -> None: ...
     def close(self) -> Mapping[str, Record]: ...
 
@@ -109,7 +113,7 @@ class MappingNode(ManagedNode):
         self._make_mapper, self._draw, self._stop = make_mapper, draw, stop
         self._inputs: Inputs | None = None
         self._newest_ns = 0
-        self._prior_size: Mapping[str, int] = {}
+        self._prior: PriorState | None = None
         self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
         self._reports = Reports(self.get_name())
         self._failing = ""  # text of the last frame's failure; empty when it was answered
@@ -280,7 +284,9 @@ class MappingNode(ManagedNode):
             self._failing = ""
             outputs.publish_extras(local_map)
             if end - self._prior_at_s > PRIOR_EVERY:
-                self._prior_size, self._prior_at_s = mapper.prior_size(), end
+                self._prior_at_s = end
+                with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
+                    self._prior = mapper.prior_state()
         except NmpError as exc:
             self._fail(REFUSED, str(exc))
         except Exception as exc:  # the node lives on: the next frame may be a better one
@@ -305,7 +311,8 @@ class MappingNode(ManagedNode):
             waiting=self.worker.waiting if self.worker else 0,
             silent=inputs.silent() if inputs else (),
             received=inputs.counts if inputs else {},
-            prior=self._prior_size,
+            prior=self._prior.counts if self._prior else {},
+            damage=self._prior.damage if self._prior else "",
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
         status = self._reports.make(condition, self.statistics, self.assembler)
