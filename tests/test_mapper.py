@@ -330,6 +330,23 @@ def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
         assert mapper.prior_size()["tiles"] > 0 and not mapper.prior_error
 
 
+def test_a_city_that_is_expected_is_open_before_its_first_frame(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, really = [], CityPrior.open
+
+    def noted(*args: Any, **more: Any) -> CityPrior:
+        opened.append(args[1])
+        return really(*args, **more)
+
+    with OnlineMapper(weights, tmp_path) as mapper:
+        monkeypatch.setattr(CityPrior, "open", noted)
+        mapper.expect(frames[0].location)
+        assert opened == [frames[0].location]
+        mapper.update(frames[0])
+        assert len(opened) == 1
+
+
 def test_an_attempt_to_open_a_city_holds_no_frame_up(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

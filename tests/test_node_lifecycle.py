@@ -25,6 +25,7 @@ from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import ExportPrior, LoadPrior, PauseMapping, ResetMapping, SavePrior  # noqa: E402
+from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
@@ -173,6 +174,17 @@ def test_what_fails_leaves_the_state_and_what_breaks_is_released(world: Ros) -> 
     assert until(lambda: listeners(rig) == 0) and rig.node.worker is None
     assert change(rig, Transition.TRANSITION_CONFIGURE) and change(rig, Transition.TRANSITION_ACTIVATE)
     assert rig.node.state == "active"
+
+
+def test_configure_opens_the_city_that_is_named(world: Ros, tmp_path: Path) -> None:
+    from tests.test_mapper import _write_weights
+
+    weights = _write_weights(tmp_path / "w.safetensors", 0)
+    given = {"weights": str(weights), "prior_dir": str(tmp_path / "prior"), "device": "cpu", "location": LOCATION}
+    node = world.add(MappingNode(threading.Event(), **world.options(autostart=False, **given)))
+    assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+    assert (tmp_path / "prior" / LOCATION / "city.json").is_file()
+    assert node.shutdown() == 0
 
 
 def test_a_stuck_network_does_not_hold_the_node(world: Ros, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,13 @@ class OnlineMapper:
             return None
         return self._cities[location]
 
+    def expect(self, location: str) -> None:
+        """Open the prior of a city before its first frame, which would have to wait for it.
+
+        Raises :class:`NmpError` when it cannot be opened, but where frames are mapped without it then.
+        """
+        self._city_if_it_opens(location)
+
     def _end_attempts(self) -> None:
         """Wait until nobody tries to open a city any more."""
         wait([attempt.done for attempt in self._attempts.values()])

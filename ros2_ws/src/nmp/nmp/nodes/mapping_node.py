@@ -70,7 +70,7 @@ def load_mapper(settings: Settings) -> Mapper:
     """Return the online mapper that the parameters describe."""
     from nmp.mapper import OnlineMapper  # brings torch, which takes its time
 
-    return OnlineMapper(
+    mapper = OnlineMapper(
         _path(settings["weights"]),
         place_of(settings["prior_dir"]) if settings["prior_dir"] else None,
         use_prior=settings["use_prior"],
@@ -82,6 +82,9 @@ def load_mapper(settings: Settings) -> Mapper:
         tolerant=True,
         limits=GateLimits(**{f.name: settings[GATE + f.name] for f in dataclasses.fields(GateLimits)}),
     )
+    if settings["use_prior"] and settings["location"]:
+        mapper.expect(settings["location"])
+    return mapper
 
 
 class MappingNode(ManagedNode):
