@@ -176,6 +176,26 @@ def test_what_fails_leaves_the_state_and_what_breaks_is_released(world: Ros) -> 
     assert rig.node.state == "active"
 
 
+def test_a_disk_that_hangs_does_not_hold_the_node(world: Ros, monkeypatch: pytest.MonkeyPatch, drive: Path) -> None:
+    monkeypatch.setattr("nmp.nodes.mapping_node.LOAD_TIMEOUT", 0.3)
+    go, hanging = threading.Event(), FakeMapper()
+    rig = managed(world, Making())
+
+    def make(settings: Settings) -> FakeMapper:
+        go.wait(20)
+        return hanging
+
+    rig.node._make_mapper = make
+    assert not change(rig, Transition.TRANSITION_CONFIGURE)
+    assert rig.node.state == "unconfigured" and rig.status(DiagnosticStatus.ERROR, "not loaded within 0.3 s")
+    go.set()
+    assert until(lambda: hanging.closed == 1)  # when it comes back after all
+    rig.node._make_mapper = Making()
+    assert change(rig, Transition.TRANSITION_CONFIGURE) and change(rig, Transition.TRANSITION_ACTIVATE)
+    play(rig, drive)
+    assert answered(rig, 4)
+
+
 def test_configure_opens_the_city_that_is_named(world: Ros, tmp_path: Path) -> None:
     from tests.test_mapper import _write_weights
 

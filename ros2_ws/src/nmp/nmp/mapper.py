@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -143,7 +144,6 @@ class OnlineMapper:
         """of what the last frame saw"""
         self._wrote_s = 0.0
         self._cities: dict[str, CityPrior] = {}
-        self._opening = ThreadPoolExecutor(1, thread_name_prefix="open")
         self._attempts: dict[str, _Attempt] = {}
         """the last one for each city that this drive came to"""
         if use_prior and (stored := Storage(self.prior_dir)).local is not None:
@@ -191,6 +191,14 @@ class OnlineMapper:
             log.warning("the prior of %s is open now: what is seen is remembered from here on", location)
         self.prior_error = ""
 
+    def _attempt(self, location: str, done: Future[None]) -> None:
+        try:
+            self._open(location)
+        except Exception as error:  # belongs to the one who asks for the city
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
     def _city_if_it_opens(self, location: str) -> CityPrior | None:
         """Return the open prior of a city; None, and :attr:`prior_error`, while it cannot be opened.
 
@@ -204,7 +212,9 @@ class OnlineMapper:
         attempt, now = self._attempts.get(location), time.monotonic()
         if attempt is None or (attempt.done.done() and now - attempt.begun_s > OPEN_AGAIN_S):
             first = attempt is None
-            attempt = self._attempts[location] = _Attempt(now, self._opening.submit(self._open, location))
+            attempt = self._attempts[location] = _Attempt(now, Future())
+            # Not in a pool: a disk that hangs would keep the process from ending.
+            threading.Thread(target=self._attempt, args=(location, attempt.done), name="open", daemon=True).start()
             if first:
                 wait((attempt.done,))
         if not attempt.done.done():

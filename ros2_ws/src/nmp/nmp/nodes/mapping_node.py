@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +34,14 @@ from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Arrival, Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import GATE, PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
+from nmp.nodes.parameters import (
+    COMPILE_TIMEOUT,
+    GATE,
+    LOAD_TIMEOUT,
+    PARAMETERS,
+    REPORT_PERIOD,
+    STOP_TIMEOUT,
+)
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
@@ -181,11 +189,22 @@ class MappingNode(ManagedNode):
 
         OpenMP keeps threads for every thread that computes; with more of them than cores they no longer wait for each
         other awake, and each of the network's hundreds of small steps begins with waking them.
+
+        Raises :class:`NmpError` when that takes too long: nothing else is served meanwhile.
         """
         if self.worker is None:
             self.worker = Worker(self._answer)
-        mapper: Mapper = self.worker.submit(partial(self._make_mapper, self.settings)).result()
-        return mapper
+        made: Future[Mapper] = self.worker.submit(partial(self._make_mapper, self.settings))
+        limit_s = COMPILE_TIMEOUT if self.settings["compile"] else LOAD_TIMEOUT
+        try:
+            return made.result(limit_s)
+        except TimeoutError:
+            worker, self.worker = self.worker, None  # its thread may never come back
+            made.add_done_callback(_close_late)
+            worker.close(0.0)
+            raise NmpError(
+                f"network and prior were not loaded within {limit_s:g} s: do the disks of weights and prior_dir answer?"
+            ) from None
 
     def _deactivate(self) -> None:
         """Stop listening; save the prior, commit the drive, free the memory of the GPU."""
@@ -351,6 +370,12 @@ class MappingNode(ManagedNode):
 
 def _path(text: str) -> Path | None:
     return Path(text).expanduser() if text else None
+
+
+def _close_late(made: Future[Mapper]) -> None:
+    """Release a mapper that nobody waits for any more."""
+    with contextlib.suppress(Exception):
+        made.result().close()
 
 
 def _free_gpu() -> None:

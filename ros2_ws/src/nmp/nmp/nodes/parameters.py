@@ -15,6 +15,8 @@ SILENT_AFTER = 2.0
 """a topic without messages for so long is reported, s of wall time"""
 REPORT_PERIOD = 1.0
 """time between two messages on /diagnostics, s of wall time"""
+LOAD_TIMEOUT, COMPILE_TIMEOUT = 60.0, 600.0
+"""longest wait until the network is loaded and the prior open, without and with ``compile``, s"""
 STOP_TIMEOUT = 30.0
 """longest wait for the network and the disk when the node is deactivated or ends, s"""
 LAUNCH_TIMEOUTS = dict.fromkeys(("sigterm_timeout", "sigkill_timeout"), str(STOP_TIMEOUT + 5.0))

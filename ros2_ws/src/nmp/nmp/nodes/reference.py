@@ -11,7 +11,16 @@ from pathlib import Path
 
 from nmp import assembly
 from nmp.nodes import interface
-from nmp.nodes.parameters import PARAMETERS, PLATFORMS, SILENT_AFTER, STOP_TIMEOUT, Parameter, Value
+from nmp.nodes.parameters import (
+    COMPILE_TIMEOUT,
+    LOAD_TIMEOUT,
+    PARAMETERS,
+    PLATFORMS,
+    SILENT_AFTER,
+    STOP_TIMEOUT,
+    Parameter,
+    Value,
+)
 from nmp.nodes.policy import policy
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -142,6 +151,7 @@ def _limits() -> list[list[str]]:
         ],
         ["poses that are kept", str(assembly.POSES_KEPT)],
         ["silence of a topic until it is reported", f"{SILENT_AFTER:g} s; with use_sim_time also of /clock"],
+        ["configuring: wait for weights and prior", f"{LOAD_TIMEOUT:g} s, with `compile` {COMPILE_TIMEOUT:g} s"],
         ["end, deactivation: wait for network and disk", f"{STOP_TIMEOUT:g} s"],
         ["images", "rectified; JPEG, PNG, rgb8 or bgr8; of the size that camera_info says"],
         ["files that services name", "inside the folder of the prior, links followed"],
