@@ -428,6 +428,18 @@ def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> No
     assert assembler.epoch == 1
 
 
+def test_a_jump_forward_costs_nothing_that_is_complete(keyframes: Messages) -> None:
+    hour = 3600 * NS
+    later = [moved(m, hour) for m in keyframes if m.topic not in ("/tf_static", "/location")]
+    frames, assembler = run([*keyframes, *later])
+    stamps = [frame.stamp_ns for frame in frames]
+    assert len(stamps) == 10 and not assembler.drops
+    assert [b - a for a, b in zip(stamps[:5], stamps[5:], strict=True)] == [hour] * 5
+    # and back: a new time line
+    frames, assembler = run([*keyframes, *later, *keyframes])
+    assert len(frames) == 15 and assembler.drops == {"clock jump": 1}
+
+
 def test_what_is_lost_at_a_jump_is_counted_and_what_is_complete_is_not_lost(stream: Messages) -> None:
     """12 Hz, and the poses of the last 0.3 s never come: some frames wait for them when the bag begins again."""
     end = stream[-1].stamp_ns

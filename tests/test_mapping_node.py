@@ -53,6 +53,7 @@ from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
 from nmp.prior.record import Record  # noqa: E402
 from tests.bag_fixtures import LOCATION, START_NS, bag_messages, jpeg, make_bag, write_messages  # noqa: E402
+from tests.test_assembly import moved  # noqa: E402
 
 GRID = BevGrid(12.0, 6.0, 0.15)
 FIRST_NS = START_NS + 8_000_000
@@ -411,6 +412,20 @@ def test_clock_jump(world: Ros, drive: Path) -> None:
     rig.play(drive)
     assert rig.drops == {"clock jump": 1}
     assert [f.stamp_ns for f in rig.mapper.frames] == 2 * [FIRST_NS + i * 500_000_000 for i in range(4)]
+
+
+def test_a_forward_jump_of_the_clock(world: Ros, drive: Path, messages: list[BagMessage], tmp_path: Path) -> None:
+    """An hour on, and back again: the node maps on at once."""
+    rig, hour_ns = Rig(world), 3600 * 10**9
+    later = [moved(m, hour_ns) for m in messages if m.topic not in ("/tf_static", "/location", "/tf")]
+    rig.play(drive)
+    rig.play(write_messages(tmp_path / "later", later))
+    stamps = [FIRST_NS + i * 500_000_000 for i in range(4)]
+    assert [f.stamp_ns for f in rig.mapper.frames] == [*stamps, *(s + hour_ns for s in stamps)]
+    assert not rig.drops
+    rig.play(drive)
+    assert [f.stamp_ns for f in rig.mapper.frames][8:] == stamps and rig.drops == {"clock jump": 1}
+    assert all(len(grids) == 12 for grids in rig.layers.values())
 
 
 @pytest.mark.parametrize(

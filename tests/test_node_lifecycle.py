@@ -324,9 +324,15 @@ def test_no_frame_is_lost_where_a_recording_begins_again(world: Ros, drive: Path
     assert rig.drops == {"clock jump": 1}  # that it was noticed; nothing is lost
 
 
-def test_simulated_time_that_stands_still_is_no_silence(world: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("set_later", [False, True])
+def test_simulated_time_that_stands_still_is_no_silence(
+    world: Ros, monkeypatch: pytest.MonkeyPatch, set_later: bool
+) -> None:
     monkeypatch.setattr("nmp.nodes.inputs.SILENT_AFTER", 0.4)
-    rig = Rig(world, use_sim_time=True)
+    rig = Rig(world, use_sim_time=not set_later)
+    if set_later:  # as by ros2 param set
+        (result,) = rig.node.set_parameters([Parameter("use_sim_time", value=True)])
+        assert result.successful
     clock = rig.probe.create_publisher(Clock, "/clock", 10)
     place = rig.probe.create_publisher(String, "/location", profile(topics.LATCHED))
     inputs = rig.node._inputs

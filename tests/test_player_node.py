@@ -73,13 +73,14 @@ def test_every_byte_arrives_in_order(world: Ros, drive: Path) -> None:
     assert node.shutdown() == 0 and node.played == 2 + 4 * 24
 
 
-@pytest.mark.parametrize("rate", [1.0, 4.0])
-def test_timing(world: Ros, drive: Path, rate: float) -> None:
+@pytest.mark.parametrize(("rate", "frames"), [(0.1, 2), (1.0, 4), (4.0, 4), (10.0, 40)])
+def test_timing(world: Ros, tmp_path: Path, rate: float, frames: int) -> None:
+    drive = make_bag(tmp_path, frames=frames)
     probe, arrivals = world.probe(), []
     probe.create_subscription(Odometry, "odom", lambda m: arrivals.append((time.monotonic(), m.header.stamp)), DEEP)
     node = player(world, drive, rate=rate)
     before = time.process_time()
-    assert until(lambda: len(arrivals) == 24)
+    assert until(lambda: len(arrivals) == 6 * frames, 20.0)
     first, last = arrivals[0], arrivals[-1]
     recorded = (last[1].sec - first[1].sec) + (last[1].nanosec - first[1].nanosec) * 1e-9
     assert last[0] - first[0] == pytest.approx(recorded / rate, abs=0.1)

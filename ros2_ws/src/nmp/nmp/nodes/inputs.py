@@ -51,7 +51,6 @@ class Inputs:
         self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
         self._node = node
         self._arrived = arrived
-        self._sim_time = bool(node.get_parameter("use_sim_time").value)
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
@@ -147,7 +146,8 @@ class Inputs:
 
     def _missed(self, heard: tuple[float, int]) -> bool:
         """Whether time went on, by the node's clock, since a message was heard."""
-        return not self._sim_time or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
+        simulated = self._node.get_clock().ros_time_is_active  # use_sim_time may change at any time
+        return not simulated or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)
