@@ -264,7 +264,7 @@ class FrameAssembler:
             del self._poses[:-POSES_KEPT]
 
     def add_image(self, name: str, msg: Any) -> None:
-        """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (rgb8, bgr8)."""
+        """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (of an encoding in ``CHANNELS``)."""
         self.add_sealed_image(name, stamp_ns(msg), lambda: msg, "raw" if hasattr(msg, "encoding") else "compressed")
 
     def add_sealed_image(self, name: str, stamp: int, fetch: Callable[[], Any], transport: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nmp import assembly
+from nmp.messages import CHANNELS
 from nmp.nodes import interface
 from nmp.nodes.parameters import (
     COMPILE_TIMEOUT,
@@ -153,7 +154,7 @@ def _limits() -> list[list[str]]:
         ["silence of a topic until it is reported", f"{SILENT_AFTER:g} s; with use_sim_time also of /clock"],
         ["configuring: wait for weights and prior", f"{LOAD_TIMEOUT:g} s, with `compile` {COMPILE_TIMEOUT:g} s"],
         ["end, deactivation: wait for network and disk", f"{STOP_TIMEOUT:g} s"],
-        ["images", "rectified; JPEG, PNG, rgb8 or bgr8; of the size that camera_info says"],
+        ["images", f"rectified; JPEG, PNG, {', '.join(CHANNELS)}; of the size that camera_info says"],
         ["files that services name", "inside the folder of the prior, links followed"],
     ]
 
