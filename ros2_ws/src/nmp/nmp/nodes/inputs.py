@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
@@ -110,7 +110,7 @@ class Inputs:
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos), raw=sealed)
+        subscription = self._node.create_subscription(kind, topic, cast(Any, on_message), profile(qos), raw=sealed)
         self._subscriptions.append(subscription)
 
     def close(self) -> None:
@@ -146,8 +146,9 @@ class Inputs:
 
     def _missed(self, heard: tuple[float, int]) -> bool:
         """Whether time went on, by the node's clock, since a message was heard."""
-        simulated = self._node.get_clock().ros_time_is_active  # use_sim_time may change at any time
-        return not simulated or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
+        clock: Any = self._node.get_clock()
+        # asked each time: use_sim_time may change at any time
+        return not clock.ros_time_is_active or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)

@@ -55,8 +55,8 @@ class ViewerNode(Node):
         transport = "raw" if raw else "compressed"
         for camera in CAMERAS:
             kind = Image if raw else CompressedImage
-            topic, take = topics.image_topic(camera, transport), partial(self._on_image, camera)
-            self._listen(kind, topic, topics.image_qos(transport), take)
+            topic = topics.image_topic(camera, transport)
+            self._listen(kind, topic, topics.image_qos(transport), partial(self._on_image, camera))
         self._listen(Odometry, topics.ODOM, topics.POSE_IN, self._on_pose)
         self._listen(TFMessage, topics.TF_STATIC, _STATIC, self._on_static)
         self._listen(DiagnosticArray, topics.DIAGNOSTICS, topics.TopicQos(depth=10), self._on_diagnostics)
