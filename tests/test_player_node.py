@@ -28,8 +28,11 @@ from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagReader  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CAMERAS  # noqa: E402
+from nmp.nodes import reference  # noqa: E402
+from nmp.nodes.parameters import PLAYER, RECORDER  # noqa: E402
 from nmp.nodes.player_node import PlayerNode, message_class  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
+from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
 from tests.bag_fixtures import LOCATION, make_bag  # noqa: E402
 
 DEEP = profile(topics.TopicQos(depth=500))
@@ -87,6 +90,20 @@ def test_timing(world: Ros, tmp_path: Path, rate: float, frames: int) -> None:
     assert node.worst_lag_s < 0.1
     assert time.process_time() - before < 0.8 * (recorded / rate) + 0.5  # sleeps between messages
     assert until(node.stop.is_set)
+
+
+def test_parameters_are_those_of_the_page(world: Ros, drive: Path, tmp_path: Path) -> None:
+    page = reference.page()
+    recorder = world.add(RecorderNode(threading.Event(), **world.options(out_dir=str(tmp_path / "out"))))
+    playing = player(world, drive)
+    for node, parameters in ((playing, PLAYER), (recorder, RECORDER)):
+        declared = {p.name for p in node.get_parameters_by_prefix("").values()}
+        assert declared - {"use_sim_time", "start_type_description_service"} == {p.name for p in parameters}
+        for parameter in parameters:
+            told = node.describe_parameter(parameter.name)
+            assert told.description == parameter.description and told.read_only
+            assert f"| `{parameter.name}` | {parameter.type} |" in page and parameter.description in page
+    playing.shutdown()
 
 
 def test_latched_topics_reach_a_late_subscriber(world: Ros, drive: Path) -> None:

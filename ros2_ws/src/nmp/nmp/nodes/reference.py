@@ -17,6 +17,8 @@ from nmp.nodes.parameters import (
     LOAD_TIMEOUT,
     PARAMETERS,
     PLATFORMS,
+    PLAYER,
+    RECORDER,
     SILENT_AFTER,
     STOP_TIMEOUT,
     Parameter,
@@ -81,6 +83,13 @@ Frames that are lost against the will of whoever set these are counted as droppe
 `queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
 """
 
+_OTHERS = """\
+## The other nodes
+
+`player_node` plays a bag, as `ros2 bag play` does, once somebody listens. `recorder_node` writes the layers to a
+folder, for `nmp eval`. `viewer_node` has no parameters of its own: `nmp view --live` starts it ([view.md](view.md)).
+"""
+
 _GATES = """\
 The parameters `gate_...` say which poses are too doubtful for the prior; whatever they are, layers go out. How drives
 add up where they contradict each other (`nmp/prior/cells.py`) is no parameter: a city is folded from its drives by
@@ -95,10 +104,7 @@ def page() -> str:
         _INTRODUCTION,
         "## Parameters\n",
         "One file per platform shows them all: " + ", ".join(f"`config/{name}.yaml`" for name in PLATFORMS) + ".\n",
-        _table(
-            ("parameter", "type", "default", "range", "may change", "what"),
-            ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in PARAMETERS),
-        ),
+        _parameters(PARAMETERS),
         _CAMERAS,
         _FAST_CAMERAS,
         _GATES,
@@ -115,6 +121,11 @@ def page() -> str:
         *(_definition(s.type) for s in interface.SERVICES),
         "## Limits\n",
         _table(("what", "limit"), _limits()),
+        _OTHERS,
+        "### player_node\n",
+        _parameters(PLAYER),
+        "### recorder_node\n",
+        _parameters(RECORDER),
     ]
     return "\n".join(parts)
 
@@ -163,6 +174,11 @@ def _definition(kind: str) -> str:
     package, folder, name = kind.split("/")
     text = (PACKAGE.parents[1] / package / folder / f"{name}.srv").read_text(encoding="utf-8")
     return f"`{kind}`:\n\n```\n{text.rstrip()}\n```\n"
+
+
+def _parameters(parameters: Sequence[Parameter]) -> str:
+    rows = ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in parameters)
+    return _table(("parameter", "type", "default", "range", "may change", "what"), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
