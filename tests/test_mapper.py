@@ -110,6 +110,20 @@ def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_pa
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
+def test_traversals_count_drives(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    _run(weights, tmp_path, frames[:2])
+    with OnlineMapper(weights, tmp_path) as mapper:
+        location, here = frames[2].location, frames[2].map_from_base[:2, 3]
+        points = np.array([here, here + 3.0, here + 500.0])
+        assert mapper.traversals(location, points) is None  # not open yet
+        mapper.update(frames[2])
+        mapper.settle()
+        counts = mapper.traversals(location, points)
+        assert counts is not None and counts.tolist() == [2, 2, 0]
+        assert mapper.city(location).traversals(Window.around(*here, CONFIG.prior_cell, 4, 4)).max() == 2
+        assert mapper.traversals(location, points[:0]) is None
+
+
 def test_what_of_the_prior_is_damaged_is_told(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

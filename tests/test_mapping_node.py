@@ -89,6 +89,9 @@ class FakeMapper:
             raise self.flush_error
         self.flushed += 1
 
+    def traversals(self, location: str, points: Any) -> Any:
+        return np.full(len(points), 3)
+
     def prior_state(self) -> PriorState:
         return PriorState({"tiles": 7}, self.damage)
 
@@ -302,6 +305,7 @@ def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
     last = next(m for m in late[3].markers if m.ns == "divider")
     said = json.loads(last.text)
     assert (said["frames"], said["age_s"], said["evidence"]) == (3, pytest.approx(1.5), 3.0)
+    assert said["traversals"] == 3
     assert said["confidence"] == pytest.approx(0.8, abs=0.05) and last.color.a == pytest.approx(0.86, abs=0.04)
 
 

@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, UNSTATED_STD, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
-from nmp.geometry import BevGrid, yaw_of
+from nmp.geometry import Array, BevGrid, yaw_of
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
@@ -328,6 +329,23 @@ class OnlineMapper:
         sizes = [city.statistics() for city in list(self._cities.values())]
         names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
+
+    def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None:
+        """Return how many drives saw the cells of a city at points [N, 2] (map frame, m), this one included.
+
+        What the last frame saw may not be counted yet. None where no prior is open, or it cannot be read.
+        """
+        city = self._cities.get(location)
+        if city is None or not len(points):
+            return None
+        cells = np.floor(points / self.config.prior_cell).astype(np.int64)
+        (col, row), (cols, rows) = cells.min(axis=0), np.ptp(cells, axis=0) + 1
+        try:
+            counts = city.traversals(Window(int(row), int(col), int(rows), int(cols)))
+        except NmpError as error:  # the next frame needs these cells, too, and tells of it
+            log.debug("no traversals: %s", error)
+            return None
+        return counts[cells[:, 1] - row, cells[:, 0] - col].astype(np.int64)
 
     def prior_state(self) -> PriorState:
         """Return what the open cities hold, and what of it is damaged."""

@@ -143,13 +143,17 @@ def to_markers(tracked: Tracked) -> MarkerArray:
 
 
 def describe(element: MapElement) -> dict[str, float | int]:
-    """Return confidence (0..1), age (s), frames and, where it is known, evidence."""
+    """Return confidence (0..1), age (s), frames and, where they are known, evidence and traversals."""
     out: dict[str, float | int] = {
         "confidence": round(element.confidence, 3),
         "age_s": round(element.age_s, 3),
         "frames": element.frames,
     }
-    return out if element.evidence is None else out | {"evidence": round(element.evidence, 1)}
+    if element.evidence is not None:
+        out["evidence"] = round(element.evidence, 1)
+    if element.traversals is not None:
+        out["traversals"] = element.traversals
+    return out
 
 
 def _marker(name: str, number: int, stamp_ns: int) -> Marker:

@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from numpy.typing import NDArray
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 
@@ -30,6 +32,7 @@ from nmp.errors import NmpError
 from nmp.extrinsics import read_extrinsics
 from nmp.frame import Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate
+from nmp.geometry import Array
 from nmp.nodes.diagnostics import Condition, Reports
 from nmp.nodes.inputs import Arrival, Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
@@ -69,6 +72,7 @@ class Mapper(Protocol):
     @property
     def stages_s(self) -> Mapping[str, float]: ...
     def update(self, frame: Frame) -> LocalMap: ...
+    def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None: ...
     def prior_state(self) -> PriorState: ...
     def flush(self) -> None: ...
     def close(self) -> Mapping[str, Record]: ...
@@ -304,7 +308,7 @@ class MappingNode(ManagedNode):
             self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
-            outputs.publish_extras(local_map)
+            outputs.publish_extras(local_map, mapper.traversals)
             if end - self._prior_at_s > PRIOR_EVERY:
                 self._prior_at_s = end
                 with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach

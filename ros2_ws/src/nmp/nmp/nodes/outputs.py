@@ -21,7 +21,7 @@ from nmp.frame import CLASSES, LocalMap
 from nmp.nodes.city import CitySoFar
 from nmp.nodes.conversions import to_city_grids, to_footprint, to_image, to_markers, to_occupancy_grids
 from nmp.nodes.qos import profile
-from nmp.vectors.tracker import ElementTracker
+from nmp.vectors.tracker import ElementTracker, Traversals
 
 Draw = Callable[[LocalMap], NDArray[np.uint8]]
 
@@ -78,12 +78,12 @@ class Outputs:
             self._layers[name].publish(grid)
         self._footprint.publish(to_footprint(local_map))
 
-    def publish_extras(self, local_map: LocalMap) -> None:
+    def publish_extras(self, local_map: LocalMap, traversals: Traversals) -> None:
         """Publish picture, elements and city, where somebody listens."""
         if self._picture.get_subscription_count():
             self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
         if self._vectors is not None and self._vectors.get_subscription_count():
-            self._vectors.publish(to_markers(self._tracker.update(local_map)))
+            self._vectors.publish(to_markers(self._tracker.update(local_map, traversals)))
         if self._city:
             self._so_far.add(local_map)
             self._publish_city(local_map.stamp_ns)
