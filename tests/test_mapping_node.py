@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import threading
 import time
@@ -51,7 +52,10 @@ from nmp.nodes.parameters import PARAMETERS  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
+from nmp.prior.ledger import Ledger  # noqa: E402
 from nmp.prior.record import Record  # noqa: E402
+from nmp.prior.storage import Storage  # noqa: E402
+from nmp.prior.upkeep import digests  # noqa: E402
 from tests.bag_fixtures import LOCATION, START_NS, bag_messages, jpeg, make_bag, write_messages  # noqa: E402
 from tests.test_assembly import moved  # noqa: E402
 
@@ -657,6 +661,48 @@ def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) ->
     )
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "prior" in err, err
+
+
+def test_a_node_that_is_killed_maps_on_and_keeps_what_was_saved(
+    world: Ros, drive: Path, weights: Path, tmp_path: Path
+) -> None:
+    """The real node under its supervisor; the other tests of the supervisor have made-up nodes."""
+    prior = tmp_path / "prior"
+    settings = {"weights": weights, "prior_dir": prior, "device": "cpu", "flush_interval": 0.1, "queue_size": 10}
+    given = [a for k, v in settings.items() for a in ("-p", f"{k}:={v}")]
+    supervisor = node_process("nmp.nodes.supervisor", "--ros-args", *given, domain=world.domain)
+    playing = ["-p", f"bag:={drive}", "-p", "loop:=true", "-p", "wait_for_subscribers:=60.0"]
+    player = node_process("nmp.nodes.player_node", "--ros-args", *playing, domain=world.domain)
+    layers: list[OccupancyGrid] = []
+    probe = world.probe()
+    probe.create_subscription(OccupancyGrid, "/mapping_node/layers/divider", layers.append, 10)
+
+    def saved() -> list[Record]:
+        ledger = Ledger.open(Storage(prior / LOCATION), read_only=True)
+        assert all(ledger.load(record, digests(record)) for record in ledger.drives())
+        return ledger.drives()
+
+    try:
+        assert until(lambda: len(layers) > 2, 40), "no layers"
+        client = probe.create_client(SavePrior, "/mapping_node/save_prior")
+        assert client.wait_for_service(timeout_sec=5)
+        answer = client.call_async(SavePrior.Request())
+        assert until(answer.done, 15) and answer.result().result == SavePrior.Response.RESULT_SUCCESS
+        assert not saved()  # the drive is not over
+        node = int(Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()[0])
+        os.kill(node, signal.SIGKILL)
+        time.sleep(0.5)  # what was still on its way is here
+        layers.clear()
+        assert until(lambda: len(layers) > 2, 40), "no layers after the kill"
+        assert len(saved()) == 1  # what the killed one had saved
+        supervisor.send_signal(signal.SIGINT)
+        _, err = supervisor.communicate(timeout=40)
+        assert supervisor.returncode == 0 and "was killed (SIGKILL): starting it" in err, err
+        assert len(saved()) == 2
+    finally:
+        for process in (player, supervisor):
+            process.kill()
+            process.communicate()
 
 
 # ---------------------------------------------------------------------------------------------------- conversions
