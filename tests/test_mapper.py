@@ -318,7 +318,7 @@ def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that is full when a drive begins, a store that cannot be reached, a head that is damaged."""
-    monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 3600.0)
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 3600.0)
     tried = []
 
     def full(*args: Any, **more: Any) -> CityPrior:
@@ -337,11 +337,39 @@ def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
                 mapper.flush()
             with pytest.raises(NmpError, match="No space left"), OnlineMapper(weights, tmp_path / "strict") as strict:
                 strict.update(frames[0])
-        monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 0.0)
+        monkeypatch.setattr("nmp.mapper.AGAIN_S", 0.0)
         mapper.update(frames[2])  # begins another attempt
         mapper.flush()  # waits for it
         mapper.update(frames[3])
         assert mapper.prior_size()["tiles"] > 0 and not mapper.prior_error
+
+
+def test_cells_that_cannot_be_read_do_not_blind_the_car(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 3600.0)
+    _run(weights, tmp_path, frames[:1])
+    before = _bytes(tmp_path)
+    tried = []
+
+    def gone(*args: Any, **more: Any) -> None:
+        tried.append(args)
+        raise NmpError("cannot read tile 3 (the store does not answer): check the network")
+
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper, OnlineMapper(weights, use_prior=False) as single:
+        with monkeypatch.context() as patch:
+            patch.setattr(CityPrior, "read", gone)
+            for frame in frames[1:3]:
+                expected = single.update(frame).probabilities
+                np.testing.assert_array_equal(mapper.update(frame).probabilities, expected)
+                assert "does not answer" in mapper.prior_error
+            assert len(tried) == 1
+        mapper.flush()
+        assert _bytes(tmp_path) == before  # what was seen without the prior cannot be added to it
+        monkeypatch.setattr(mapper, "_read_again_s", 1e-9)
+        mapper.update(frames[3])
+        mapper.settle()
+        assert not mapper.prior_error and mapper.prior_state().counts["dirty tiles"]
 
 
 def test_a_city_that_is_expected_is_open_before_its_first_frame(
@@ -364,7 +392,7 @@ def test_a_city_that_is_expected_is_open_before_its_first_frame(
 def test_an_attempt_to_open_a_city_holds_no_frame_up(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nmp.mapper.OPEN_AGAIN_S", 0.0)
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 0.0)
     go_on, really = threading.Event(), CityPrior.open
     answers = iter([NmpError("the store cannot be reached"), None])
 

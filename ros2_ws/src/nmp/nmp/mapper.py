@@ -39,8 +39,8 @@ from nmp.prior.storage import Place, Storage
 
 log = logging.getLogger(__name__)
 
-OPEN_AGAIN_S = 3.0
-"""from one attempt to open a city that cannot be opened to the next, s"""
+AGAIN_S = 3.0
+"""from one attempt to open or read a city that could not be to the next, s"""
 
 
 def default_prior_dir() -> Path:
@@ -92,8 +92,8 @@ class OnlineMapper:
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
     :param min_cameras: images that a frame must have; the network is told which ones are missing
-    :param tolerant: frames are mapped without a prior while it cannot be opened, for a car that must not be blind; else
-        they are refused
+    :param tolerant: frames are mapped without a prior while it cannot be opened or read, for a car that must not be
+        blind; else they are refused
 
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that
     is not there or too small.
@@ -147,6 +147,8 @@ class OnlineMapper:
         self._cities: dict[str, CityPrior] = {}
         self._attempts: dict[str, _Attempt] = {}
         """the last one for each city that this drive came to"""
+        self._read_again_s = 0.0
+        """no cells are read before, monotonic clock; 0 when the last ones could be read"""
         if use_prior and (stored := Storage(self.prior_dir)).local is not None:
             # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
             # list every tile: there it is refused with the first frame.
@@ -211,7 +213,7 @@ class OnlineMapper:
         if location in self._cities:
             return self._cities[location]
         attempt, now = self._attempts.get(location), time.monotonic()
-        if attempt is None or (attempt.done.done() and now - attempt.begun_s > OPEN_AGAIN_S):
+        if attempt is None or (attempt.done.done() and now - attempt.begun_s > AGAIN_S):
             first = attempt is None
             attempt = self._attempts[location] = _Attempt(now, Future())
             # Not in a pool: a disk that hangs would keep the process from ending.
@@ -223,12 +225,33 @@ class OnlineMapper:
         try:
             attempt.done.result()
         except NmpError as error:
-            text = f"mapping without a prior, nothing is remembered: {error}"
-            if text != self.prior_error:
-                log.error("%s", text)
-            self.prior_error = text
+            self._go_without(error)
             return None
         return self._cities[location]
+
+    def _go_without(self, error: NmpError) -> None:
+        text = f"mapping without a prior, nothing is remembered: {error}"
+        if text != self.prior_error:
+            log.error("%s", text)
+        self.prior_error = text
+
+    def _read(self, city: CityPrior, window: Window) -> bool:
+        """Read the cells of a window; False, and :attr:`prior_error`, where the frame is to be mapped without them."""
+        now = time.monotonic()
+        if now < self._read_again_s:
+            return False
+        try:
+            city.read(window, self._runner.window)
+        except NmpError as error:
+            if not self._tolerant:
+                raise
+            # A store that cannot be reached takes seconds to say so: not with every frame.
+            self._read_again_s = time.monotonic() + AGAIN_S
+            self._go_without(error)
+            return False
+        if self._read_again_s:
+            self._read_again_s, self.prior_error = 0.0, ""
+        return True
 
     def expect(self, location: str) -> None:
         """Open the prior of a city before its first frame, which would have to wait for it.
@@ -268,12 +291,12 @@ class OnlineMapper:
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
         city = self._city_if_it_opens(frame.location)
-        latent, evidence = self._runner.window
         if city is not None:
             city.prefetch(x, y, yaw_of(frame.map_from_base))
-            city.read(window, (latent, evidence))
-        else:  # with nothing in it the network gives what it gives without a prior
-            latent.fill(0)
+        latent, evidence = self._runner.window
+        if city is None or not self._read(city, window):
+            city = None
+            latent.fill(0)  # with nothing in it the network gives what it gives without a prior
             evidence.fill(0)
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])

@@ -54,8 +54,8 @@ written yet (`flush_interval`) is lost. A node that was killed within 5 s of its
 again at once, then after 1, 2, 4 ... 30 s. One that ends by itself is not started again. Both processes together take
 0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node.
 
-While the prior of a city cannot be opened (a full disk, a store out of reach), the layers are those of the cameras
-alone, `/diagnostics` says why, and it is tried again every 3 s.
+While the prior of a city cannot be opened or read (a full disk, a store out of reach), the layers are those of the
+cameras alone, `/diagnostics` says why, and it is tried again every 3 s.
 
 Names are relative, so that namespaces and remapping work as usual; `~` is the name of the node.
 """
