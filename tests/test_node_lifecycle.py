@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import ExportPrior, LoadPrior, PauseMapping, ResetMapping, SavePrior  # noqa: E402
+from rcl_interfaces.msg import Log  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
@@ -39,6 +41,7 @@ from nmp.nodes.conversions import to_ns, to_time  # noqa: E402
 from nmp.nodes.diagnostics import Condition, Reports  # noqa: E402
 from nmp.nodes.mapping_node import MappingNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
+from nmp.nodes.runtime import forward_log  # noqa: E402
 from nmp.nodes.settings import Settings  # noqa: E402
 from nmp.nodes.statistics import RunStatistics  # noqa: E402
 from nmp.prior.ledger import Ledger  # noqa: E402
@@ -508,6 +511,25 @@ def test_rates_are_those_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> Non
     images = "rate cam_front/image_raw/compressed (Hz)"
     assert rates == {"rate frames (Hz)": "2.0", "rate odom (Hz)": "20.0", images: "12.0"}
     assert (values["latency network (s)"], values["prior tiles"]) == ("0.1000", "12")
+
+
+def test_what_the_library_logs_is_passed_on_whatever_its_severity(world: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, str]] = []
+    node = world.probe("teller")
+    listener = world.probe("listener")
+    listener.create_subscription(Log, "/rosout", lambda m: said.append((m.level, m.msg)), 10)
+    assert until(lambda: node.count_subscribers("/rosout"))
+    time.sleep(0.3)
+    log = logging.getLogger("nmp")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    forward_log(node)
+    log.warning("a tile is damaged")
+    log.error("the disk is full")
+    log.warning("a tile is damaged again")
+    log.debug("not asked for")
+    expected = [(30, "a tile is damaged"), (40, "the disk is full"), (30, "a tile is damaged again")]
+    assert until(lambda: len(said) == 3) and said == expected
 
 
 def test_a_destroyed_node_leaves_the_graph(world: Ros) -> None:

@@ -87,8 +87,13 @@ class ToRos(logging.Handler):
         self._logger = node.get_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
-        say = {logging.ERROR: self._logger.error, logging.WARNING: self._logger.warning}
-        say.get(record.levelno, self._logger.debug)(record.getMessage())
+        # A line of its own for each: rclpy raises an error where a line changes its severity from call to call.
+        if record.levelno >= logging.ERROR:
+            self._logger.error(record.getMessage())
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(record.getMessage())
+        else:
+            self._logger.debug(record.getMessage())
 
 
 def forward_log(node: Node) -> None:
