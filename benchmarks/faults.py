@@ -43,6 +43,7 @@ from nmp_msgs.srv import ResetMapping  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.serialization import deserialize_message  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
 
 from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagReader  # noqa: E402
@@ -96,6 +97,12 @@ class Driver(Node):
     def end(self) -> None:
         self._stop.set()
         self._thread.join()
+
+    def locate(self, name: str = "") -> None:
+        """Say that the car is in a city; in that of the bag unless one is named."""
+        topic = topics.absolute(topics.LOCATION)
+        said = next(deserialize_message(data, String) for t, _, data in self._messages if t == topic)
+        self._publishers_by_topic[topic].publish(String(data=name) if name else said)
 
     def _on_layer(self, message: OccupancyGrid) -> None:
         self.layers.append((time.monotonic(), to_ns(message.header.stamp)))
@@ -240,13 +247,15 @@ class Bench:
 
     @contextlib.contextmanager
     def full_from_the_beginning(self) -> Iterator[None]:
-        """The disk is full when a drive begins. Leaving this waits for layers that came meanwhile."""
+        """The disk is full when a drive begins in a city that is not stored yet. Layers must come all the same."""
         with self.full_disk():
             self.commit()  # the next frame is of another drive
+            self.driver.locate("a-city-never-seen")
             begin = time.monotonic()
             yield
             if self.recovered(begin) is None:
                 self.driver.said.append((b"\x03", "no layers while the disk was full"))
+        self.driver.locate()
 
     @contextlib.contextmanager
     def corrupted(self) -> Iterator[None]:
