@@ -27,13 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nmp
+from nmp.nodes.loopback import loopback
 
 DOMAIN = random.SystemRandom().randint(1, 101)
 os.environ |= {
     "ROS_DOMAIN_ID": str(DOMAIN),
-    "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-    "FASTRTPS_DEFAULT_PROFILES_FILE": str(Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"),
+    **loopback({}),
 }
 
 import rclpy  # noqa: E402

@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 from fast_cameras import write_fast_bag
 
-import nmp
+from nmp.nodes.loopback import PROFILE, loopback
 
-PROFILE = Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"
 NO_LOSS = ("clock jump", "node ended")
 """drops that come from playing in a loop, and from the end"""
 ROS_STAGES = ("assembling", "publishing")
@@ -81,8 +80,7 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast:
     """Play a bag into a node for so long, and return what it counted."""
     environment = os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),
+        **loopback({}),
     }
     with tempfile.TemporaryDirectory() as folder:
         if fast:
