@@ -30,7 +30,7 @@ from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CAMERAS  # noqa: E402
 from nmp.nodes import reference  # noqa: E402
 from nmp.nodes.parameters import PLAYER, RECORDER  # noqa: E402
-from nmp.nodes.player_node import PlayerNode, message_class  # noqa: E402
+from nmp.nodes.player_node import FAREWELL, PlayerNode, message_class  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
 from tests.bag_fixtures import LOCATION, make_bag  # noqa: E402
@@ -171,6 +171,18 @@ def test_damage_in_the_middle_is_said(world: Ros, drive: Path, tmp_path: Path) -
     assert until(node.stop.is_set)
     with pytest.raises(NmpError, match="truncated or damaged"):
         node.shutdown()
+
+
+def test_the_last_images_are_not_lost_with_the_process(world: Ros, drive: Path) -> None:
+    """A reader on a busy computer must be able to fetch them from shared memory before that goes."""
+    came: list[float] = []
+    topic, qos = topics.image_topic("cam_back_left"), profile(topics.SENSOR_IN)
+    world.probe().create_subscription(CompressedImage, topic, lambda m: came.append(time.monotonic()), qos)
+    settings = ["-p", f"bag:={drive}", "-p", "rate:=10.0", "-p", "wait_for_subscribers:=0.0", "-p", "delay:=4.0"]
+    process = node_process("nmp.nodes.player_node", "--ros-args", *settings, domain=world.domain)
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and len(came) == 4
+    assert time.monotonic() - came[-1] >= 0.9 * FAREWELL
 
 
 def test_as_a_process(drive: Path) -> None:

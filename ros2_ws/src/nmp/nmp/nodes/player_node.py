@@ -27,6 +27,9 @@ from nmp.nodes.settings import declare
 
 CLOCK_PERIOD = 0.025
 """time between two /clock messages, s of wall time"""
+FAREWELL = 1.0
+"""from the last message to the end of the process, s: what others have not fetched by then from the memory that it
+shares with them is lost, and best-effort readers, as those of sensors, acknowledge nothing that could be waited for"""
 NS = 1e9
 
 
@@ -93,6 +96,7 @@ class PlayerNode(Node):
         self.worst_lag_s = 0.0
         """longest delay of a message against its plan, s of wall time"""
         self.failure: NmpError | None = None
+        self._over = False  # everything was played
         self.reader.__enter__()
         self._outputs: dict[str, Publisher] = {}
         for topic in self.reader.topics.values():
@@ -122,6 +126,7 @@ class PlayerNode(Node):
             while not self.stop.is_set():
                 self._play_once()
                 if not self.loop:
+                    self._over = not self.stop.is_set()
                     break
         except NmpError as exc:
             self.failure = exc
@@ -179,6 +184,8 @@ class PlayerNode(Node):
         """End the playback and return the exit code."""
         self.stop.set()
         self._thread.join(timeout=10.0)
+        if self._over:
+            time.sleep(FAREWELL)
         self.reader.__exit__(None, None, None)
         if self.failure is not None:
             raise self.failure
