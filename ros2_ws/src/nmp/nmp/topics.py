@@ -57,7 +57,7 @@ SENSOR_IN = TopicQos(depth=30, reliable=False)
 tenth of it in a bag played at ten times its speed: a camera then lost several images in a row, which no neighbour makes
 good, and so a keyframe. Full, with images of 200 kB, the queues of six cameras hold 36 MB."""
 RAW_IN = TopicQos(depth=10, reliable=False)
-"""Raw images are twenty times as large: the same for them, in 260 MB."""
+"""Raw images are twenty times as large: 0.8 s of them at 12 Hz take 260 MB."""
 POSE_IN = TopicQos(depth=500, reliable=False)
 """Poses are small and fast: deep enough for as long at 200 Hz."""
 SENSOR_OUT = TopicQos(depth=20)
