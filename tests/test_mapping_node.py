@@ -78,6 +78,7 @@ class FakeMapper:
         self.stages_s = {"network": seconds}
         self.threads: set[str] = set()
         self.damage = ""
+        self.closing_s = 0.0
 
     def update(self, frame: Frame) -> LocalMap:
         self.threads.add(threading.current_thread().name)
@@ -101,6 +102,7 @@ class FakeMapper:
 
     def close(self) -> dict[str, Record]:
         self.threads.add(threading.current_thread().name)
+        time.sleep(self.closing_s)
         self.closed += 1
         return {}
 
@@ -113,11 +115,12 @@ def pattern(frame: Frame) -> LocalMap:
     return LocalMap(frame.stamp_ns, frame.location, frame.map_from_base, GRID, probabilities, evidence)
 
 
-def make_mapping_process(seconds: float = 0.0) -> None:
+def make_mapping_process(seconds: float = 0.0, closing_s: float = 0.0) -> None:
     """What a process with a made-up mapper runs (see test_signals)."""
     from nmp.nodes.runtime import run_node
 
     mapper = FakeMapper(seconds)
+    mapper.closing_s = closing_s
     code = run_node(lambda stop: MappingNode(stop, make_mapper=lambda node: mapper))
     print(f"flushed and closed {mapper.closed} time(s)")
     raise SystemExit(code)
@@ -561,6 +564,20 @@ def test_signals(number: int, drive: Path, tmp_path: Path) -> None:
     assert "closed 1 time" in out
     assert "4 frames received, 4 answered, dropped: none; latency median" in out + err
     assert json.loads(stats.read_text())["frames_answered"] == 4
+
+
+@pytest.mark.parametrize(("pause_s", "code"), [(0.3, 0), (3.0, -signal.SIGINT)])
+def test_only_a_second_signal_after_a_while_ends_a_node_that_saves(pause_s: float, code: int) -> None:
+    """A Ctrl-C comes from the terminal and from ros2 launch; a person presses it again when nothing happens."""
+    node = node_process("from tests.test_mapping_node import make_mapping_process as run; run(0.0, 5.0)")
+    assert node.stderr is not None
+    while "ready; waiting" not in node.stderr.readline():
+        assert node.poll() is None
+    node.send_signal(signal.SIGINT)
+    time.sleep(pause_s)
+    node.send_signal(signal.SIGINT)
+    out, _ = node.communicate(timeout=30)
+    assert (node.returncode, "closed 1 time" in out) == (code, code == 0)
 
 
 @pytest.mark.parametrize(

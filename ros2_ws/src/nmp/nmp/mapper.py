@@ -359,7 +359,7 @@ class OnlineMapper:
         What the last frame saw may not be counted yet. None where no prior is open, or it cannot be read.
         """
         city = self._cities.get(location)
-        if city is None or not len(points):
+        if city is None or self._read_again_s or not len(points):
             return None
         cells = np.floor(points / self.config.prior_cell).astype(np.int64)
         (col, row), (cols, rows) = cells.min(axis=0), np.ptp(cells, axis=0) + 1

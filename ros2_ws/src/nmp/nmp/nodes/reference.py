@@ -52,7 +52,8 @@ does not (a crash of a driver, the out-of-memory killer): it keeps a spare proce
 DDS, without the network. When the node is killed the spare maps on after about two seconds; what the node had not
 written yet (`flush_interval`) is lost. A node that was killed within 5 s of its start has no spare yet: it is started
 again at once, then after 1, 2, 4 ... 30 s. One that ends by itself is not started again. Both processes together take
-0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node.
+0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node; one more of them,
+2 s later, ends it without saving.
 
 While the prior of a city cannot be opened or read (a full disk, a store out of reach), the layers are those of the
 cameras alone, `/diagnostics` says why, and it is tried again every 3 s.

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
 
 from nmp.errors import NmpError
+
+SAME_SIGNAL_S = 2.0
+"""a Ctrl-C may come by two ways, from the terminal and from what has started the node: within so long it is one, s"""
 
 
 def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None = None) -> int:
@@ -44,8 +48,7 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
         spinner = threading.Thread(target=_spin, args=(executor, stop), name="executor", daemon=True)
         spinner.start()
         stop.wait()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends a shutdown that takes too long
+        _end_at_second_signal(time.monotonic() + SAME_SIGNAL_S)
         executor.shutdown(timeout_sec=5.0)
         spinner.join(timeout=5.0)
         return int(node.shutdown())
@@ -56,6 +59,18 @@ def run_node(make: Callable[[threading.Event], Node], args: Sequence[str] | None
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+
+
+def _end_at_second_signal(from_s: float) -> None:
+    """Let a signal end the process, if it comes after a moment (monotonic clock): a shutdown that takes too long."""
+
+    def end(number: int, _: Any) -> None:
+        if time.monotonic() >= from_s:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def open_ros() -> Node:
