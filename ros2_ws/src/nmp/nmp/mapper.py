@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -373,10 +374,11 @@ class OnlineMapper:
     def prior_state(self) -> PriorState:
         """Return what the open cities hold, and what of it is damaged."""
         self.settle()
-        found = [city.statistics() for city in list(self._cities.values())]
-        names = ("tiles", "resident_tiles", "dirty_tiles", "damaged_tiles", "resident_bytes", "bytes_on_disk")
-        counts = {name.replace("_", " "): sum(int(one.get(name, 0)) for one in found) for name in names}
-        return PriorState(counts, next((str(text) for one in found if (text := one.get("damage"))), ""))
+        cities, counts = list(self._cities.values()), Counter[str]()
+        for city in cities:
+            counts.update({name.replace("_", " "): count for name, count in city.statistics().items()})
+        damage = (str(getattr(city, "damage", "")) for city in cities)
+        return PriorState(counts, next((text for text in damage if text), ""))
 
     def flush(self) -> None:
         """Write everything that the prior holds to disk.
