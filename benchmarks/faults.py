@@ -1,4 +1,4 @@
-"""Inject ten faults into one run of the mapping node, and measure how soon after each it is mapping again.
+"""Inject faults into one run of the mapping node, and measure how soon after each it is mapping again.
 
     python benchmarks/faults.py BAG [--hold 4] [--out faults.json]
 
@@ -27,13 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nmp
+from nmp.nodes.loopback import loopback
 
 DOMAIN = random.SystemRandom().randint(1, 101)
 os.environ |= {
     "ROS_DOMAIN_ID": str(DOMAIN),
-    "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-    "FASTRTPS_DEFAULT_PROFILES_FILE": str(Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"),
+    **loopback({}),
 }
 
 import rclpy  # noqa: E402
@@ -43,6 +42,7 @@ from nmp_msgs.srv import ResetMapping  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.serialization import deserialize_message  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
 
 from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagReader  # noqa: E402
@@ -96,6 +96,12 @@ class Driver(Node):
     def end(self) -> None:
         self._stop.set()
         self._thread.join()
+
+    def locate(self, name: str = "") -> None:
+        """Say that the car is in a city; in that of the bag unless one is named."""
+        topic = topics.absolute(topics.LOCATION)
+        said = next(deserialize_message(data, String) for t, _, data in self._messages if t == topic)
+        self._publishers_by_topic[topic].publish(String(data=name) if name else said)
 
     def _on_layer(self, message: OccupancyGrid) -> None:
         self.layers.append((time.monotonic(), to_ns(message.header.stamp)))
@@ -239,6 +245,18 @@ class Bench:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
     @contextlib.contextmanager
+    def full_from_the_beginning(self) -> Iterator[None]:
+        """The disk is full when a drive begins in a city that is not stored yet. Layers must come all the same."""
+        with self.full_disk():
+            self.commit()  # the next frame is of another drive
+            self.driver.locate("a-city-never-seen")
+            begin = time.monotonic()
+            yield
+            if self.recovered(begin) is None:
+                self.driver.said.append((b"\x03", "no layers while the disk was full"))
+        self.driver.locate()
+
+    @contextlib.contextmanager
     def corrupted(self) -> Iterator[None]:
         """A tile of a committed drive is overwritten, and put right at the end."""
         tile = max(self.prior.glob("*/drives/*/c/*/*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
@@ -325,6 +343,7 @@ def faults(bench: Bench) -> Iterator[tuple[str, contextlib.AbstractContextManage
     yield "relocalisation: 30 m away, and back", bench.spoiling(elsewhere)
     yield "wrong calibration of a camera", bench.spoiling(wrong)
     yield "disk full", bench.full_disk()
+    yield "disk full when a drive begins", bench.full_from_the_beginning()
     yield "a tile of the prior corrupted", bench.corrupted()
     yield "subscriber flood", bench.flood()
     yield "a truncated bag is played", bench.truncated()

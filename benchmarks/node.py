@@ -3,11 +3,13 @@
     python benchmarks/node.py BAG --seconds 120 [--fast] [--rate 1.0] [--set min_cameras=5 ...] [--out node.json]
 
 The bag is played in a loop, with ``--fast`` as six cameras at 12 Hz (benchmarks/fast_cameras.py). The node has the
-parameters of config/cpu.yaml. Prints (and writes) JSON: images of the front camera and layers a second, keyframes that
-were asked for and lost, latency from a frame's last message to its layers (s), median seconds of each stage, the share
-of ROS in them (taking messages apart and layers out; DDS itself is not in it), CPU time of both processes (of one
-core), the node's memory (MB) after a quarter and at the end, and how busy the machine was with other things (of all
-cores). Drops count every jump of the clock, also where no frame is lost.
+parameters of config/cpu.yaml. A third process (benchmarks/listener.py) listens to all that the node publishes. Prints
+(and writes) JSON: images of the front camera and layers a second, keyframes that were asked for and lost, latency from
+a frame's last message to its layers as the node counts it (s), median seconds of each stage, the share of ROS in them
+(taking messages apart and layers out; DDS itself is not in it), what the listener saw ("outside": from the publication
+of a frame's last message until its layers had come, DDS on both ways in it), CPU time of both processes (of one core),
+the node's memory every 10 s and its slope without the first quarter (MB, MB an hour), and how busy the machine was with
+other things (of all cores). Drops count every jump of the clock, also where no frame is lost.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from typing import Any
 import numpy as np
 from fast_cameras import write_fast_bag
 
-import nmp
+from nmp.nodes.loopback import PROFILE, loopback
 
-PROFILE = Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"
 NO_LOSS = ("clock jump", "node ended")
 """drops that come from playing in a loop, and from the end"""
 ROS_STAGES = ("assembling", "publishing")
+NO_WORK = ("transport", "waiting")
+"""stages in which the node does nothing"""
+MEMORY_EVERY_S = 10.0
 
 
 def start(role: str, environment: dict[str, str], **parameters: Any) -> subprocess.Popen[bytes]:
@@ -41,6 +45,17 @@ def start(role: str, environment: dict[str, str], **parameters: Any) -> subproce
     config = ["--params-file", str(PROFILE.with_name("cpu.yaml"))]
     command = [sys.executable, "-m", f"nmp.nodes.{role}_node", "--ros-args", "--log-level", "warn", *config, *given]
     return subprocess.Popen(command, env=environment)
+
+
+def listen(environment: dict[str, str], out: Path) -> subprocess.Popen[bytes]:
+    """Start somebody who listens, and writes what came to a file in the end."""
+    return subprocess.Popen([sys.executable, str(Path(__file__).with_name("listener.py")), str(out)], env=environment)
+
+
+def slope_mb_h(memory: list[tuple[float, float]]) -> float | None:
+    """Return how fast memory grows, MB an hour, of (s, MB) without the first quarter; None of less than three."""
+    rest = np.array(memory[len(memory) // 4 :])
+    return round(float(np.polyfit(rest[:, 0], rest[:, 1], 1)[0]) * 3600.0, 2) if len(rest) > 2 else None
 
 
 def memory_mb(process: subprocess.Popen[bytes]) -> float:
@@ -65,32 +80,34 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast:
     """Play a bag into a node for so long, and return what it counted."""
     environment = os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),
+        **loopback({}),
     }
     with tempfile.TemporaryDirectory() as folder:
         if fast:
             write_fast_bag(bag, bag := Path(folder) / f"{bag.name}-12hz")
         stats = Path(folder) / "stats.json"
         node = start("mapping", environment, stats_file=stats, prior_dir=f"{folder}/prior", **extra)
+        outside = Path(folder) / "outside.json"
+        listener = listen(environment, outside)
         player = start("player", environment, bag=bag, rate=rate, loop="true", wait_for_subscribers=120.0)
-        memory: list[float] = []
+        memory: list[tuple[float, float]] = []
         used: list[tuple[float, float, float, float]] = []
         try:
             time.sleep(10.0)  # the network is loaded meanwhile
-            end = time.monotonic() + seconds
+            end = (begin := time.monotonic()) + seconds
             while time.monotonic() < end and node.poll() is None and player.poll() is None:
-                memory.append(memory_mb(node))
+                if time.monotonic() - begin >= MEMORY_EVERY_S * len(memory):
+                    memory.append((round(time.monotonic() - begin, 1), round(memory_mb(node), 1)))
                 used.append((time.monotonic(), cpu_s(node), cpu_s(player), busy_s()))
                 time.sleep(1.0)
         finally:
-            for process in (player, node):
+            for process in (player, node, listener):
                 process.send_signal(signal.SIGINT)
                 process.wait(40)
         counted: dict[str, Any] = json.loads(stats.read_text())
+        heard: dict[str, Any] = json.loads(outside.read_text())
     stages = counted["stages_s"]
-    work = sum(value for name, value in stages.items() if name != "waiting")
-    quarter = max(len(memory) // 4, 1)
+    work = sum(value for name, value in stages.items() if name not in NO_WORK)
     lost = counted["frames_received"] - counted["frames_answered"] - sum(counted["skips"].values())
     last, first = np.array(used[-1]), np.array(used[0])
     spent, of_node, of_player, in_all = last - first
@@ -108,7 +125,9 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast:
         "cpu_of_player": round(of_player / spent, 3),
         "busy_with_others": round((in_all - of_node - of_player) / spent / (os.cpu_count() or 1), 3),
         "ros_share": round(sum(stages[name] for name in ROS_STAGES) / work, 4),
-        "memory_mb": [round(memory[quarter], 1), round(memory[-1], 1)] if memory else None,
+        "outside": heard,
+        "memory_mb": memory,
+        "memory_slope_mb_h": slope_mb_h(memory),
     }
 
 

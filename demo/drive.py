@@ -14,12 +14,11 @@ from typing import Any
 
 from children import Child, Children
 
-import nmp
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
+from nmp.nodes.loopback import loopback
 from nmp.replay import keyframes_of
 
-PROFILE = Path(nmp.__file__).parent / "config" / "fastdds_loopback.xml"
 QUIET_S = 15.0
 """When the player is done and no layer has come for so long, none will."""
 
@@ -28,9 +27,7 @@ def environment() -> dict[str, str]:
     """Return the environment of the nodes: on this machine only, and apart from every other ROS on it."""
     return os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),
-        "FASTDDS_DEFAULT_PROFILES_FILE": str(PROFILE),
+        **loopback({}),
         "PYTHONUNBUFFERED": "1",
     }
 

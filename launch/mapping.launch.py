@@ -1,10 +1,13 @@
 """Map online: ``ros2 launch nmp mapping.launch.py``, with ``bag:=<folder>`` to play a recording into it."""
 
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable, Shutdown
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
+
+from nmp.nodes.loopback import loopback
+from nmp.nodes.parameters import LAUNCH_TIMEOUTS
 
 
 def share(*parts: str) -> PathJoinSubstitution:
@@ -64,10 +67,16 @@ ARGUMENTS = [
         choices=["true", "false"],
         description="Open RViz with the layers and the cameras.",
     ),
+    DeclareLaunchArgument(
+        "local",
+        default_value="true",
+        choices=["true", "false"],
+        description="Keep DDS on this machine, unless the environment says otherwise; false: others are reached.",
+    ),
 ]
 
 
-def start_nodes(context: LaunchContext) -> list[Node]:
+def start_nodes(context: LaunchContext) -> list[SetEnvironmentVariable | Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
@@ -86,6 +95,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
             executable="mapping_supervisor",  # a mapping node that is started anew when it was killed
             name="mapping_node",
             output="screen",
+            **LAUNCH_TIMEOUTS,
             parameters=[params_file, {"use_sim_time": use_sim_time, **overrides}],
             # a map that nobody updates any more must not look alive
             on_exit=[Shutdown(reason="mapping_node ended")],
@@ -99,6 +109,7 @@ def start_nodes(context: LaunchContext) -> list[Node]:
                 executable="player_node",
                 name="player_node",
                 output="screen",
+                **LAUNCH_TIMEOUTS,
                 parameters=[{"bag": bag, "rate": float(value("rate")), "loop": value("loop") == "true"}],
             )
         )
@@ -108,11 +119,13 @@ def start_nodes(context: LaunchContext) -> list[Node]:
                 package="rviz2",
                 executable="rviz2",
                 name="rviz2",
+                **LAUNCH_TIMEOUTS,
                 arguments=["-d", share("rviz", "nmp.rviz")],
                 parameters=[{"use_sim_time": use_sim_time}],
             )
         )
-    return nodes
+    local = loopback(context.environment) if value("local") == "true" else {}
+    return [*(SetEnvironmentVariable(name, text) for name, text in local.items()), *nodes]
 
 
 def generate_launch_description() -> LaunchDescription:

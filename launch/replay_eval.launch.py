@@ -1,10 +1,11 @@
 """Play a bag through the node and score what comes out.
 
 ``ros2 launch nmp replay_eval.launch.py bag:=scene-0061 maps:=$HOME/nuscenes out:=scored`` prints the table of
-``nmp eval``. The exit code is 0 when that gave a score, and 1 when it, or a node before it, failed.
+``nmp eval``. The exit code is that of ``nmp eval``, and 1 when a node before it failed.
 """
 
 import sys
+from collections.abc import Callable
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import (
@@ -13,6 +14,7 @@ from launch.actions import (
     ExecuteProcess,
     OpaqueFunction,
     RegisterEventHandler,
+    SetEnvironmentVariable,
     Shutdown,
     TimerAction,
 )
@@ -22,6 +24,9 @@ from launch.events.process import ProcessExited, ShutdownProcess
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
+
+from nmp.nodes.loopback import loopback
+from nmp.nodes.parameters import LAUNCH_TIMEOUTS
 
 SETTLE_S = 5.0
 """from the last message of the bag until the nodes are stopped: what waits is mapped meanwhile"""
@@ -49,6 +54,12 @@ ARGUMENTS = [
         choices=["cpu", "gpu"],
         description="What the network is computed on; chooses the parameter file.",
     ),
+    DeclareLaunchArgument(
+        "local",
+        default_value="true",
+        choices=["true", "false"],
+        description="Keep DDS on this machine, unless the environment says otherwise; false: others are reached.",
+    ),
 ]
 
 
@@ -58,12 +69,13 @@ def check(event: ProcessExited) -> None:
         raise RuntimeError(f"{event.process_name} ended with code {event.returncode}")
 
 
-def start(context: LaunchContext) -> list[RegisterEventHandler | Node]:
+def start(context: LaunchContext) -> list[SetEnvironmentVariable | RegisterEventHandler | Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
     def node(name: str, *parameters: object) -> Node:
-        return Node(package="nmp", executable=name, name=name, output="screen", parameters=list(parameters))
+        how = {"output": "screen", "parameters": list(parameters), **LAUNCH_TIMEOUTS}
+        return Node(package="nmp", executable=name, name=name, **how)
 
     given = {"prior_dir": value("prior"), "weights": value("weights"), "location": value("location")}
     mapping = {name: text for name, text in given.items() if text}
@@ -85,19 +97,28 @@ def start(context: LaunchContext) -> list[RegisterEventHandler | Node]:
         stop = [EmitEvent(event=ShutdownProcess(process_matcher=matches_action(n))) for n in (mapper, recorder)]
         return [TimerAction(period=SETTLE_S, actions=stop)]
 
-    def evaluate(event: ProcessExited, context: LaunchContext) -> list[ExecuteProcess]:
-        check(event)
-        return [evaluator]
+    saving = {"mapper", "recorder"}
+
+    def ended(name: str) -> Callable[[ProcessExited, LaunchContext], list[ExecuteProcess]]:
+        """Score once both have ended: until then the mapper saves its drive, and nothing may hurry it."""
+
+        def evaluate(event: ProcessExited, context: LaunchContext) -> list[ExecuteProcess]:
+            check(event)
+            saving.discard(name)
+            return [] if saving else [evaluator]
+
+        return evaluate
 
     def end(event: ProcessExited, context: LaunchContext) -> list[Shutdown]:
-        check(event)
+        if event.returncode:
+            # Launch itself only knows 0 and 1. Nothing else runs any more that it would have to end.
+            raise SystemExit(event.returncode)
         return [Shutdown(reason="the bag is scored")]
 
-    def go_on(event: ProcessExited, context: LaunchContext) -> None:
-        check(event)
-
-    handlers = [(player, stop_nodes), (mapper, go_on), (recorder, evaluate), (evaluator, end)]
+    handlers = [(player, stop_nodes), (mapper, ended("mapper")), (recorder, ended("recorder")), (evaluator, end)]
+    local = loopback(context.environment) if value("local") == "true" else {}
     return [
+        *(SetEnvironmentVariable(name, text) for name, text in local.items()),
         *(RegisterEventHandler(OnProcessExit(target_action=action, on_exit=do)) for action, do in handlers),
         recorder,
         mapper,

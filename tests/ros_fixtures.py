@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from nmp.nodes.loopback import loopback
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ros2_ws" / "src" / "nmp"
-os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-os.environ.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(PACKAGE / "nmp" / "config" / "fastdds_loopback.xml"))
+os.environ.update(loopback(os.environ))
 
 rclpy = pytest.importorskip("rclpy")
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import array
 import copy
+import io
 import random
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from nmp import messages
 from nmp.assembly import FrameAssembler
 from nmp.bags.reader import STORE, BagMessage
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame
 from nmp.geometry import transform_from
-from nmp.messages import stamp_of_cdr
+from nmp.messages import CHANNELS, stamp_of_cdr
 from tests.bag_fixtures import HEIGHT, LOCATION, START_NS, WIDTH, bag_messages, camera_rig, ego, feed, jpeg, make_bag
 
 NS = 10**9
@@ -178,13 +183,32 @@ def test_pose_between_neighbours(keyframes: Messages) -> None:
         np.testing.assert_allclose(shot.map_from_base, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
+ORDER = {"rgb8": [0, 1, 2], "bgr8": [2, 1, 0], "rgba8": [0, 1, 2, 0], "bgra8": [2, 1, 0, 0], "mono8": [0]}
+"""channels of RGB pixels in raw images; what is in alpha does not matter"""
+
+
+@pytest.fixture(params=["cv_bridge", "OpenCV"])
+def colours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With what colours are turned round."""
+    if request.param == "OpenCV":
+        monkeypatch.setitem(sys.modules, "cv_bridge.boost.cv_bridge_boost", None)
+    else:
+        pytest.importorskip("cv_bridge")
+    messages._to_rgb.cache_clear()
+    yield
+    messages._to_rgb.cache_clear()
+
+
+@pytest.mark.usefixtures("colours")
+@pytest.mark.parametrize("encoding", CHANNELS)
 @pytest.mark.parametrize("kind", [np.asarray, lambda a: array.array("B", a.tobytes()), lambda a: a.tolist()])
 def test_raw_images(keyframes: Messages, encoding: str, kind: Any) -> None:
     rgb = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint32).astype(np.uint8).reshape(HEIGHT, WIDTH, 3)
-    step = 3 * WIDTH + 4  # padded rows
+    if encoding == "mono8":
+        rgb[:] = rgb[..., :1]
+    step = CHANNELS[encoding] * WIDTH + 4  # padded rows
     rows = np.zeros((HEIGHT, step), np.uint8)
-    rows[:, : 3 * WIDTH] = (rgb if encoding == "rgb8" else rgb[..., ::-1]).reshape(HEIGHT, -1)
+    rows[:, :-4] = rgb[..., ORDER[encoding]].reshape(HEIGHT, -1)
 
     def to_raw(m: BagMessage) -> BagMessage:
         if "compressed" not in m.topic:
@@ -257,6 +281,18 @@ def test_one_missing_image_in_a_stream_is_bridged(stream: Messages) -> None:
     assert "cam_back has no image" in only(assembler, "missing camera", 1)
 
 
+def test_a_keyframe_that_lacks_a_camera_tells_the_stamps(stream: Messages, caplog: pytest.LogCaptureFixture) -> None:
+    assembler = FrameAssembler(max_camera_spread=0.05)
+    assembler.limits = replace(assembler.limits, keyframe_rate=2.0)
+    with caplog.at_level("DEBUG", "nmp"):
+        run(without(stream, image_of("cam_back"), 6), assembler)
+    assert assembler.drops == {"missing camera": 1}
+    (text,) = caplog.messages
+    # the images before and after the lost one are there
+    assert "cam_back has no image within 0.05 s" in text and "-0.058, +0.108];" in text
+    assert "cam_front_right: newest +" in text
+
+
 def test_wrong_image_size(keyframes: Messages) -> None:
     def shrink(m: Any) -> None:
         m.data = np.frombuffer(jpeg(1, 80, 45), np.uint8)
@@ -268,7 +304,13 @@ def test_wrong_image_size(keyframes: Messages) -> None:
     )
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", jpeg()[:-40], jpeg()[:30]])
+def gif() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(out, "GIF")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", jpeg()[:-40], jpeg()[:30], gif()])
 def test_bad_image(keyframes: Messages, data: bytes) -> None:
     def spoil(m: Any) -> None:
         m.data = np.frombuffer(data, np.uint8)
@@ -289,8 +331,10 @@ def test_bad_raw_image(keyframes: Messages) -> None:
             out.append(m)
         return out
 
-    _, assembler = run(raw("mono8", 3 * WIDTH * HEIGHT))
-    assert "cam_back/image_raw: encoding 'mono8'" in only(assembler, "bad image", 5)
+    _, assembler = run(raw("16UC1", 3 * WIDTH * HEIGHT))
+    assert "cam_back/image_raw: encoding '16UC1' is not supported: publish one of" in only(assembler, "bad image", 5)
+    _, assembler = run(raw("bayer_rggb8", 3 * WIDTH * HEIGHT))
+    assert "'bayer_rggb8' is not supported: let image_proc debayer it" in only(assembler, "bad image", 5)
     _, assembler = run(raw("rgb8", 10))
     assert "10 bytes do not hold 160 x 90" in only(assembler, "bad image", 5)
 
@@ -414,6 +458,18 @@ def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> No
     ]
     assert "went back by 2.0 s" in only(assembler, "clock jump", 1)
     assert assembler.epoch == 1
+
+
+def test_a_jump_forward_costs_nothing_that_is_complete(keyframes: Messages) -> None:
+    hour = 3600 * NS
+    later = [moved(m, hour) for m in keyframes if m.topic not in ("/tf_static", "/location")]
+    frames, assembler = run([*keyframes, *later])
+    stamps = [frame.stamp_ns for frame in frames]
+    assert len(stamps) == 10 and not assembler.drops
+    assert [b - a for a, b in zip(stamps[:5], stamps[5:], strict=True)] == [hour] * 5
+    # and back: a new time line
+    frames, assembler = run([*keyframes, *later, *keyframes])
+    assert len(frames) == 15 and assembler.drops == {"clock jump": 1}
 
 
 def test_what_is_lost_at_a_jump_is_counted_and_what_is_complete_is_not_lost(stream: Messages) -> None:

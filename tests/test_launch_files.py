@@ -5,17 +5,20 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from nmp.frame import CAMERAS, CLASSES
 from nmp.nodes import reference
-from nmp.nodes.parameters import PARAMETERS, PLATFORMS
-from nmp.topics import BEV, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
+from nmp.nodes.loopback import PROFILE
+from nmp.nodes.parameters import PARAMETERS, PLATFORMS, STOP_TIMEOUT
+from nmp.topics import BEV, FOOTPRINT, MAP_FRAME, VECTORS, absolute, city_topic, image_topic, layer_topic
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -30,6 +33,12 @@ class Recorded:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
         self.kwargs = kwargs
+
+
+class Context(dict[str, str]):
+    """A launch context: the arguments, and an environment."""
+
+    environment: Mapping[str, str] = {}
 
 
 class Configuration(Recorded):
@@ -58,7 +67,7 @@ def launch_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(name: str) -> type[Recorded]:
         return type(name, (Recorded,), {})
 
-    module("launch", LaunchContext=dict, LaunchDescription=kind("LaunchDescription"))
+    module("launch", LaunchContext=Context, LaunchDescription=kind("LaunchDescription"))
     module(
         "launch.actions",
         DeclareLaunchArgument=kind("DeclareLaunchArgument"),
@@ -66,6 +75,7 @@ def launch_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         ExecuteProcess=kind("ExecuteProcess"),
         OpaqueFunction=kind("OpaqueFunction"),
         RegisterEventHandler=kind("RegisterEventHandler"),
+        SetEnvironmentVariable=kind("SetEnvironmentVariable"),
         Shutdown=kind("Shutdown"),
         TimerAction=kind("TimerAction"),
     )
@@ -93,7 +103,8 @@ def start(module: ModuleType, **given: str) -> dict[str, dict[str, Any]]:
     context = {argument.args[0]: argument.kwargs["default_value"] for argument in module.ARGUMENTS}
     context["params_file"] = "params.yaml"
     assert set(given) <= set(context)
-    return {node.kwargs["executable"]: node.kwargs for node in module.start_nodes({**context, **given})}
+    actions = module.start_nodes(Context({**context, **given}))
+    return {node.kwargs["executable"]: node.kwargs for node in actions if type(node).__name__ == "Node"}
 
 
 def executables() -> dict[str, str]:
@@ -122,7 +133,7 @@ def test_mapping_starts_without_any_argument(stubbed: ModuleType) -> None:
     names = [argument.args[0] for argument in stubbed.ARGUMENTS]
     assert names == (
         ["bag", "rate", "loop", "prior", "weights", "location"]
-        + ["platform", "params_file", "autostart", "use_sim_time", "rviz"]
+        + ["platform", "params_file", "autostart", "use_sim_time", "rviz", "local"]
     )
     assert all("default_value" in argument.kwargs for argument in stubbed.ARGUMENTS)
 
@@ -227,15 +238,24 @@ def test_rviz_shows_the_topics_of_the_node() -> None:
             )
     layers = {private(topic(name)) for name in CLASSES for topic in (layer_topic, city_topic)}
     pictures = {private(BEV), *(absolute(image_topic(camera)) for camera in CAMERAS)}
-    assert set(shown) == layers | pictures | {private(VECTORS)}
-    for topic in (*layers, private(VECTORS)):
-        kind = "Map" if topic in layers else "MarkerArray"
+    latched = dict.fromkeys(layers, "Map") | {private(VECTORS): "MarkerArray", private(FOOTPRINT): "Polygon"}
+    assert set(shown) == set(latched) | pictures
+    for topic, kind in latched.items():
         assert shown[topic].kind == f"rviz_default_plugins/{kind}"
         assert (shown[topic].durability, shown[topic].reliability) == ("Transient Local", "Reliable")
     for topic in pictures:
         # a best-effort reader matches every writer
         assert (shown[topic].kind, shown[topic].reliability) == ("rviz_default_plugins/Image", "Best Effort")
     assert any(display["Class"] == "rviz_default_plugins/TF" for display in manager["Displays"])
+
+
+def test_what_launch_files_and_rviz_need_is_a_dependency() -> None:
+    needed = {e.text for e in ElementTree.parse(PACKAGE / "package.xml").iter("exec_depend")}
+    displays = yaml.safe_load(RVIZ_FILE.read_text(encoding="utf-8"))["Visualization Manager"]["Displays"]
+    assert {"launch", "launch_ros", "rviz2", *(d["Class"].split("/")[0] for d in displays)} <= needed
+    # RViz takes compressed images through these
+    assert any(d.get("Topic", {}).get("Value", "").endswith("/compressed") for d in displays)
+    assert "image_transport_plugins" in needed
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -253,11 +273,40 @@ def test_generated_files_are_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"run python -m nmp.nodes.reference: {path} is out of date"
 
 
+SUBNET = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"}
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ("true", {}, ["LOCALHOST", str(PROFILE), str(PROFILE)]),
+        ("true", {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, [str(PROFILE), str(PROFILE)]),
+        ("true", {"FASTRTPS_DEFAULT_PROFILES_FILE": "mine.xml"}, ["LOCALHOST"]),
+        ("true", SUBNET, []),  # somebody wants others to be reached
+        ("false", {}, []),
+    ],
+)
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda p: p.name)
+def test_dds_stays_on_this_machine(
+    launch_packages: None, path: Path, given: str, environment: dict[str, str], expected: list[str]
+) -> None:
+    assert PROFILE.is_file()
+    module = load(path.name.removesuffix(".launch.py"))
+    context = Context({a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS})
+    assert context["local"] == "true"
+    context |= {"local": given, "params_file": "p.yaml"}
+    context.environment = environment
+    started = (getattr(module, "start_nodes", None) or module.start)(context)
+    kinds = [type(action).__name__ for action in started]
+    assert kinds.index("Node") >= len(expected)  # a node takes the environment that it finds
+    assert [a.args[1] for a in started if type(a).__name__ == "SetEnvironmentVariable"] == expected
+
+
 def test_visualization_shows_the_shipped_view(launch_packages: None) -> None:
     module = load("visualization")
     config = {a.args[0]: a.kwargs["default_value"] for a in module.ARGUMENTS}["config"]
     assert config.args[0][1:] == ["rviz", RVIZ_FILE.name]
-    nodes = module.start_nodes({"config": "mine.rviz", "use_sim_time": "true"})
+    nodes = module.start_nodes(Context(config="mine.rviz", use_sim_time="true", local="false"))
     assert [n.kwargs["arguments"] for n in nodes] == [["-d", "mine.rviz"]]
     assert nodes[0].kwargs["parameters"] == [{"use_sim_time": True}]
 
@@ -266,7 +315,7 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     module = load("replay_eval")
     given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS}
     given |= {"bag": "/b", "maps": "/m", "out": "/o", "prior": "/p", "version": "v1.0-mini"}
-    actions = module.start(given)
+    actions = module.start(Context(given, local="false"))
     nodes = {a.kwargs["executable"]: a for a in actions if "executable" in a.kwargs}
     assert set(nodes) <= set(executables()) and len(nodes) == 3
     mapper = nodes["mapping_node"].kwargs["parameters"]
@@ -278,7 +327,9 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     (timer,) = handlers[nodes["player_node"]](done, None)
     stopped = [e.kwargs["event"].kwargs["process_matcher"] for e in timer.kwargs["actions"]]
     assert stopped == [nodes["mapping_node"], nodes["recorder_node"]] and timer.kwargs["period"] > 0
-    (evaluator,) = handlers[nodes["recorder_node"]](done, None)
+    # whichever of them ends first: the other one is waited for
+    assert handlers[nodes["recorder_node"]](done, None) == []
+    (evaluator,) = handlers[nodes["mapping_node"]](done, None)
     command = evaluator.kwargs["cmd"][3:]
     from nmp.cli import build_parser
 
@@ -286,6 +337,24 @@ def test_replay_eval_goes_from_bag_to_table(launch_packages: None) -> None:
     assert (args.layers, args.version) == ([nodes["recorder_node"].kwargs["parameters"][0]["out_dir"]], "v1.0-mini")
     (end,) = handlers[evaluator](done, None)
     assert type(end).__name__ == "Shutdown"
+    with pytest.raises(SystemExit) as code:
+        handlers.pop(evaluator)(failed, None)
+    assert code.value.code == 2
     for handler in handlers.values():
         with pytest.raises(RuntimeError, match="it ended with code 2"):
             handler(failed, None)
+
+
+def test_nodes_are_given_the_time_to_save(launch_packages: None) -> None:
+    evaluation = {"bag": "/b", "maps": "/m", "out": "/o"}
+    for path in LAUNCH_FILES:
+        name = path.name.removesuffix(".launch.py")
+        module = load(name)
+        given = {a.args[0]: a.kwargs.get("default_value", "") for a in module.ARGUMENTS} | {"params_file": "p.yaml"}
+        given |= evaluation if name == "replay_eval" else {"bag": "/b", "rviz": "true"}
+        actions = (module.start if name == "replay_eval" else module.start_nodes)(Context(given))
+        nodes = [a.kwargs for a in actions if type(a).__name__ == "Node"]
+        assert len(nodes) == {"mapping": 3, "replay_eval": 3, "visualization": 1}[name]
+        for node in nodes:
+            for limit in ("sigterm_timeout", "sigkill_timeout"):
+                assert isinstance(node[limit], str) and float(node[limit]) > STOP_TIMEOUT

@@ -110,6 +110,36 @@ def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_pa
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
+def test_traversals_count_drives(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
+    _run(weights, tmp_path, frames[:2])
+    with OnlineMapper(weights, tmp_path) as mapper:
+        location, here = frames[2].location, frames[2].map_from_base[:2, 3]
+        points = np.array([here, here + 3.0, here + 500.0])
+        assert mapper.traversals(location, points) is None  # not open yet
+        mapper.update(frames[2])
+        mapper.settle()
+        counts = mapper.traversals(location, points)
+        assert counts is not None and counts.tolist() == [2, 2, 0]
+        assert mapper.city(location).traversals(Window.around(*here, CONFIG.prior_cell, 4, 4)).max() == 2
+        assert mapper.traversals(location, points[:0]) is None
+
+
+def test_what_of_the_prior_is_damaged_is_told(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OnlineMapper(weights, tmp_path) as mapper:
+        assert mapper.prior_state().damage == ""
+        mapper.update(frames[0])
+        state = mapper.prior_state()
+        assert 0 < state.counts["resident tiles"] <= state.counts["tiles"]
+        assert state.damage == ""
+        told = CityPrior.statistics
+        monkeypatch.setattr(CityPrior, "statistics", lambda city: told(city) | {"damaged_tiles": 2})
+        monkeypatch.setattr(CityPrior, "damage", "tile 3 fails its checksum", raising=False)
+        state = mapper.prior_state()
+        assert (state.counts["damaged tiles"], state.damage) == (2, "tile 3 fails its checksum")
+
+
 def test_two_runs_are_the_same_to_the_bit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
     one, two = (_run(weights, tmp_path / name, frames) for name in ("a", "b"))
     for first, second in zip(one, two, strict=True):
@@ -279,6 +309,105 @@ def test_a_failing_disk_does_not_stop_the_layers(
         mapper.update(frames[1])
         mapper.settle()
         assert mapper.prior_error == ""
+
+
+def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when a drive begins, a store that cannot be reached, a head that is damaged."""
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 3600.0)
+    tried = []
+
+    def full(*args: Any, **more: Any) -> CityPrior:
+        tried.append(args)
+        raise NmpError("cannot write boston/city.json (No space left on device): free disk space")
+
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper, OnlineMapper(weights, use_prior=False) as single:
+        with monkeypatch.context() as patch:
+            patch.setattr(CityPrior, "open", full)
+            for frame in frames[:2]:
+                expected = single.update(frame).probabilities
+                np.testing.assert_array_equal(mapper.update(frame).probabilities, expected)
+                assert "No space left" in mapper.prior_error and "without a prior" in mapper.prior_error
+            assert len(tried) == 1  # not with every frame
+            with pytest.raises(NmpError, match="No space left"):
+                mapper.flush()
+            with pytest.raises(NmpError, match="No space left"), OnlineMapper(weights, tmp_path / "strict") as strict:
+                strict.update(frames[0])
+        monkeypatch.setattr("nmp.mapper.AGAIN_S", 0.0)
+        mapper.update(frames[2])  # begins another attempt
+        mapper.flush()  # waits for it
+        mapper.update(frames[3])
+        assert mapper.prior_size()["tiles"] > 0 and not mapper.prior_error
+
+
+def test_cells_that_cannot_be_read_do_not_blind_the_car(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 3600.0)
+    _run(weights, tmp_path, frames[:1])
+    before = _bytes(tmp_path)
+    tried = []
+
+    def gone(*args: Any, **more: Any) -> None:
+        tried.append(args)
+        raise NmpError("cannot read tile 3 (the store does not answer): check the network")
+
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper, OnlineMapper(weights, use_prior=False) as single:
+        with monkeypatch.context() as patch:
+            patch.setattr(CityPrior, "read", gone)
+            for frame in frames[1:3]:
+                expected = single.update(frame).probabilities
+                np.testing.assert_array_equal(mapper.update(frame).probabilities, expected)
+                assert "does not answer" in mapper.prior_error
+            assert len(tried) == 1
+        mapper.flush()
+        assert _bytes(tmp_path) == before  # what was seen without the prior cannot be added to it
+        monkeypatch.setattr(mapper, "_read_again_s", 1e-9)
+        mapper.update(frames[3])
+        mapper.settle()
+        assert not mapper.prior_error and mapper.prior_state().counts["dirty tiles"]
+
+
+def test_a_city_that_is_expected_is_open_before_its_first_frame(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, really = [], CityPrior.open
+
+    def noted(*args: Any, **more: Any) -> CityPrior:
+        opened.append(args[1])
+        return really(*args, **more)
+
+    with OnlineMapper(weights, tmp_path) as mapper:
+        monkeypatch.setattr(CityPrior, "open", noted)
+        mapper.expect(frames[0].location)
+        assert opened == [frames[0].location]
+        mapper.update(frames[0])
+        assert len(opened) == 1
+
+
+def test_an_attempt_to_open_a_city_holds_no_frame_up(
+    weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmp.mapper.AGAIN_S", 0.0)
+    go_on, really = threading.Event(), CityPrior.open
+    answers = iter([NmpError("the store cannot be reached"), None])
+
+    def slow(*args: Any, **more: Any) -> CityPrior:
+        if (error := next(answers)) is not None:
+            raise error
+        assert go_on.wait(20)
+        return really(*args, **more)
+
+    monkeypatch.setattr(CityPrior, "open", slow)
+    with OnlineMapper(weights, tmp_path, tolerant=True) as mapper:
+        for frame in frames[:3]:
+            mapper.update(frame)
+        assert "cannot be reached" in mapper.prior_error
+        go_on.set()
+        mapper.flush()
+        mapper.update(frames[0])
+        assert not mapper.prior_error and mapper.prior_size()["tiles"] > 0
 
 
 def test_a_disk_that_stays_full_is_told_in_every_frame(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import threading
 import time
@@ -24,12 +25,16 @@ pytest.importorskip("tf2_msgs")
 pytest.importorskip("nmp_msgs")
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
+from geometry_msgs.msg import PolygonStamped  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
-from sensor_msgs.msg import Image  # noqa: E402
+from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
+from nmp.assembly import FrameAssembler  # noqa: E402
 from nmp.bags.reader import BagMessage  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CLASSES, Frame, LocalMap  # noqa: E402
@@ -37,15 +42,22 @@ from nmp.gate import CAUSES, JUMPS, PoseGate  # noqa: E402
 from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
+from nmp.mapper import PriorState  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
-from nmp.nodes.conversions import to_ns, to_occupancy_grids  # noqa: E402
+from nmp.nodes.conversions import to_ns, to_occupancy_grids, to_time  # noqa: E402
+from nmp.nodes.inputs import Arrival, Inputs  # noqa: E402
 from nmp.nodes.lifecycle import INTERNAL  # noqa: E402
 from nmp.nodes.mapping_node import OVERTAKEN, QUEUE_FULL, REFUSED, MappingNode  # noqa: E402
+from nmp.nodes.parameters import PARAMETERS  # noqa: E402
 from nmp.nodes.player_node import PlayerNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
+from nmp.prior.ledger import Ledger  # noqa: E402
 from nmp.prior.record import Record  # noqa: E402
+from nmp.prior.storage import Storage  # noqa: E402
+from nmp.prior.upkeep import digests  # noqa: E402
 from tests.bag_fixtures import LOCATION, START_NS, bag_messages, jpeg, make_bag, write_messages  # noqa: E402
+from tests.test_assembly import moved  # noqa: E402
 
 GRID = BevGrid(12.0, 6.0, 0.15)
 FIRST_NS = START_NS + 8_000_000
@@ -65,6 +77,8 @@ class FakeMapper:
         self.prior_dir = Path("nowhere")
         self.stages_s = {"network": seconds}
         self.threads: set[str] = set()
+        self.damage = ""
+        self.closing_s = 0.0
 
     def update(self, frame: Frame) -> LocalMap:
         self.threads.add(threading.current_thread().name)
@@ -80,11 +94,15 @@ class FakeMapper:
             raise self.flush_error
         self.flushed += 1
 
-    def prior_size(self) -> dict[str, int]:
-        return {"tiles": 7}
+    def traversals(self, location: str, points: Any) -> Any:
+        return np.full(len(points), 3)
+
+    def prior_state(self) -> PriorState:
+        return PriorState({"tiles": 7}, self.damage)
 
     def close(self) -> dict[str, Record]:
         self.threads.add(threading.current_thread().name)
+        time.sleep(self.closing_s)
         self.closed += 1
         return {}
 
@@ -97,11 +115,12 @@ def pattern(frame: Frame) -> LocalMap:
     return LocalMap(frame.stamp_ns, frame.location, frame.map_from_base, GRID, probabilities, evidence)
 
 
-def make_mapping_process(seconds: float = 0.0) -> None:
+def make_mapping_process(seconds: float = 0.0, closing_s: float = 0.0) -> None:
     """What a process with a made-up mapper runs (see test_signals)."""
     from nmp.nodes.runtime import run_node
 
     mapper = FakeMapper(seconds)
+    mapper.closing_s = closing_s
     code = run_node(lambda stop: MappingNode(stop, make_mapper=lambda node: mapper))
     print(f"flushed and closed {mapper.closed} time(s)")
     raise SystemExit(code)
@@ -138,6 +157,8 @@ class Rig:
         for name in CLASSES:
             topic = f"/mapping_node/layers/{name}"
             probe.create_subscription(OccupancyGrid, topic, self.layers[name].append, deep)
+        self.cars: list[PolygonStamped] = []
+        probe.create_subscription(PolygonStamped, "/mapping_node/footprint", self.cars.append, deep)
         sensor = profile(topics.PICTURE)
         probe.create_subscription(Image, "/mapping_node/bev", self.pictures.append, sensor)
         probe.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.statuses.extend(m.status), 10)
@@ -204,6 +225,10 @@ def test_layers_are_published(world: Ros, drive: Path) -> None:
         assert back.grid == GRID
         np.testing.assert_allclose(back.map_from_base[:2, 3], frame.map_from_base[:2, 3], atol=1e-6)
         assert yaw_of(back.map_from_base) == pytest.approx(yaw_of(frame.map_from_base))
+        car = rig.cars[i]
+        assert (car.header.frame_id, to_ns(car.header.stamp)) == ("map", frame.stamp_ns)
+        nose = inverse(frame.map_from_base) @ [car.polygon.points[2].x, car.polygon.points[2].y, 0.0, 1.0]
+        np.testing.assert_allclose(nose[:2], (3.6, 0.0), atol=1e-3)
     assert rig.pictures and rig.pictures[0].encoding == "rgb8"
     assert rig.status(DiagnosticStatus.OK, "frames in the last second")
 
@@ -287,12 +312,76 @@ def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
     last = next(m for m in late[3].markers if m.ns == "divider")
     said = json.loads(last.text)
     assert (said["frames"], said["age_s"], said["evidence"]) == (3, pytest.approx(1.5), 3.0)
+    assert said["traversals"] == 3
     assert said["confidence"] == pytest.approx(0.8, abs=0.05) and last.color.a == pytest.approx(0.86, abs=0.04)
 
 
 def test_vectors_can_be_switched_off(world: Ros) -> None:
     rig = Rig(world, vectors=False)
     assert "/mapping_node/vectors" not in dict(rig.node.get_topic_names_and_types())
+
+
+class Busy:
+    """Inputs whose executor does something else until it is told to look."""
+
+    def __init__(self, world: Ros, assembler: FrameAssembler) -> None:
+        self._node = Node("listener", context=world.context)
+        self._executor = SingleThreadedExecutor(context=world.context)
+        self._executor.add_node(self._node)
+        self.arrivals: list[tuple[Arrival, float]] = []
+        settings: Any = {p.name: p.default for p in PARAMETERS} | {"location": LOCATION}
+        self.inputs = Inputs(
+            self._node, settings, assembler, lambda arrival: self.arrivals.append((arrival, time.monotonic()))
+        )
+
+    def look(self, count: int) -> None:
+        """Take messages until so many have come, or nothing comes any more."""
+        quiet = time.monotonic() + 5.0
+        while (before := len(self.arrivals)) < count and time.monotonic() < quiet:
+            self._executor.spin_once(timeout_sec=0.1)
+            if len(self.arrivals) > before:
+                quiet = time.monotonic() + 5.0
+
+    def close(self) -> None:
+        self.inputs.close()
+        self._executor.shutdown()
+        self._node.destroy_node()
+
+
+def test_time_counts_from_the_publication_of_the_last_message(world: Ros) -> None:
+    """What DDS, a busy executor and putting a frame together take is not left out."""
+    assembler = FrameAssembler()
+
+    def slow(name: str, message: CameraInfo) -> None:
+        time.sleep(0.2)
+
+    assembler.add_camera_info = slow  # type: ignore[method-assign]
+    busy = Busy(world, assembler)
+    sender = world.probe().create_publisher(CameraInfo, "cam_back/camera_info", 10)
+    assert until(sender.get_subscription_count)
+    sender.publish(CameraInfo())
+    time.sleep(0.3)
+    begin = time.monotonic()
+    busy.look(1)
+    ((arrival, done_s),) = busy.arrivals
+    assert arrival.topic == "cam_back/camera_info" and arrival.transport_s is not None
+    assert 0.3 <= arrival.transport_s < 10 and begin <= arrival.received_s <= done_s - 0.2
+    busy.close()
+
+
+def test_no_image_is_lost_while_the_executor_is_busy_for_two_seconds(world: Ros) -> None:
+    busy = Busy(world, FrameAssembler())
+    topic = "cam_back/image_raw/compressed"
+    sender = world.probe().create_publisher(CompressedImage, topic, profile(topics.SENSOR_OUT))
+    assert until(sender.get_subscription_count)
+    image = CompressedImage(data=jpeg(1))
+    for number in range(24):  # at 12 Hz
+        image.header.stamp = to_time(START_NS + number * 83_000_000)
+        sender.publish(image)
+        time.sleep(0.005)
+    busy.look(24)
+    assert busy.inputs.counts[topic] == 24
+    busy.close()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -336,6 +425,20 @@ def test_clock_jump(world: Ros, drive: Path) -> None:
     assert [f.stamp_ns for f in rig.mapper.frames] == 2 * [FIRST_NS + i * 500_000_000 for i in range(4)]
 
 
+def test_a_forward_jump_of_the_clock(world: Ros, drive: Path, messages: list[BagMessage], tmp_path: Path) -> None:
+    """An hour on, and back again: the node maps on at once."""
+    rig, hour_ns = Rig(world), 3600 * 10**9
+    later = [moved(m, hour_ns) for m in messages if m.topic not in ("/tf_static", "/location", "/tf")]
+    rig.play(drive)
+    rig.play(write_messages(tmp_path / "later", later))
+    stamps = [FIRST_NS + i * 500_000_000 for i in range(4)]
+    assert [f.stamp_ns for f in rig.mapper.frames] == [*stamps, *(s + hour_ns for s in stamps)]
+    assert not rig.drops
+    rig.play(drive)
+    assert [f.stamp_ns for f in rig.mapper.frames][8:] == stamps and rig.drops == {"clock jump": 1}
+    assert all(len(grids) == 12 for grids in rig.layers.values())
+
+
 @pytest.mark.parametrize(
     ("error", "cause", "text"),
     [
@@ -377,6 +480,15 @@ def test_a_prior_that_cannot_be_saved_is_an_error_while_layers_go_out(world: Ros
     rig.play(drive)
     assert len(rig.mapper.frames) == len(rig.layers["divider"]) == 4
     assert rig.status(DiagnosticStatus.ERROR, "No space left")
+
+
+def test_damage_of_the_prior_is_a_warning(world: Ros, drive: Path) -> None:
+    rig = Rig(world)
+    rig.mapper.damage = "boston-seaport: tile 3.4 of drive 5fa1 fails its checksum: nmp prior verify --repair"
+    rig.play(drive)
+    assert len(rig.layers["divider"]) == 4
+    assert rig.status(DiagnosticStatus.WARN, "the prior is damaged: boston-seaport: tile 3.4")
+    assert {v.key: v.value for v in rig.report().values}["prior damage"] == rig.mapper.damage
 
 
 def test_a_gate_that_closes_is_a_warning_and_is_counted(world: Ros, drive: Path) -> None:
@@ -452,6 +564,20 @@ def test_signals(number: int, drive: Path, tmp_path: Path) -> None:
     assert "closed 1 time" in out
     assert "4 frames received, 4 answered, dropped: none; latency median" in out + err
     assert json.loads(stats.read_text())["frames_answered"] == 4
+
+
+@pytest.mark.parametrize(("pause_s", "code"), [(0.3, 0), (3.0, -signal.SIGINT)])
+def test_only_a_second_signal_after_a_while_ends_a_node_that_saves(pause_s: float, code: int) -> None:
+    """A Ctrl-C comes from the terminal and from ros2 launch; a person presses it again when nothing happens."""
+    node = node_process("from tests.test_mapping_node import make_mapping_process as run; run(0.0, 5.0)")
+    assert node.stderr is not None
+    while "ready; waiting" not in node.stderr.readline():
+        assert node.poll() is None
+    node.send_signal(signal.SIGINT)
+    time.sleep(pause_s)
+    node.send_signal(signal.SIGINT)
+    out, _ = node.communicate(timeout=30)
+    assert (node.returncode, "closed 1 time" in out) == (code, code == 0)
 
 
 @pytest.mark.parametrize(
@@ -552,6 +678,48 @@ def test_real_mapper_as_processes(drive: Path, weights: Path, tmp_path: Path) ->
     )
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "prior" in err, err
+
+
+def test_a_node_that_is_killed_maps_on_and_keeps_what_was_saved(
+    world: Ros, drive: Path, weights: Path, tmp_path: Path
+) -> None:
+    """The real node under its supervisor; the other tests of the supervisor have made-up nodes."""
+    prior = tmp_path / "prior"
+    settings = {"weights": weights, "prior_dir": prior, "device": "cpu", "flush_interval": 0.1, "queue_size": 10}
+    given = [a for k, v in settings.items() for a in ("-p", f"{k}:={v}")]
+    supervisor = node_process("nmp.nodes.supervisor", "--ros-args", *given, domain=world.domain)
+    playing = ["-p", f"bag:={drive}", "-p", "loop:=true", "-p", "wait_for_subscribers:=60.0"]
+    player = node_process("nmp.nodes.player_node", "--ros-args", *playing, domain=world.domain)
+    layers: list[OccupancyGrid] = []
+    probe = world.probe()
+    probe.create_subscription(OccupancyGrid, "/mapping_node/layers/divider", layers.append, 10)
+
+    def saved() -> list[Record]:
+        ledger = Ledger.open(Storage(prior / LOCATION), read_only=True)
+        assert all(ledger.load(record, digests(record)) for record in ledger.drives())
+        return ledger.drives()
+
+    try:
+        assert until(lambda: len(layers) > 2, 40), "no layers"
+        client = probe.create_client(SavePrior, "/mapping_node/save_prior")
+        assert client.wait_for_service(timeout_sec=5)
+        answer = client.call_async(SavePrior.Request())
+        assert until(answer.done, 15) and answer.result().result == SavePrior.Response.RESULT_SUCCESS
+        assert not saved()  # the drive is not over
+        node = int(Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()[0])
+        os.kill(node, signal.SIGKILL)
+        time.sleep(0.5)  # what was still on its way is here
+        layers.clear()
+        assert until(lambda: len(layers) > 2, 40), "no layers after the kill"
+        assert len(saved()) == 1  # what the killed one had saved
+        supervisor.send_signal(signal.SIGINT)
+        _, err = supervisor.communicate(timeout=40)
+        assert supervisor.returncode == 0 and "was killed (SIGKILL): starting it" in err, err
+        assert len(saved()) == 2
+    finally:
+        for process in (player, supervisor):
+            process.kill()
+            process.communicate()
 
 
 # ---------------------------------------------------------------------------------------------------- conversions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -25,6 +26,8 @@ from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import ExportPrior, LoadPrior, PauseMapping, ResetMapping, SavePrior  # noqa: E402
+from rcl_interfaces.msg import Log  # noqa: E402
+from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
@@ -38,6 +41,7 @@ from nmp.nodes.conversions import to_ns, to_time  # noqa: E402
 from nmp.nodes.diagnostics import Condition, Reports  # noqa: E402
 from nmp.nodes.mapping_node import MappingNode  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
+from nmp.nodes.runtime import forward_log  # noqa: E402
 from nmp.nodes.settings import Settings  # noqa: E402
 from nmp.nodes.statistics import RunStatistics  # noqa: E402
 from nmp.prior.ledger import Ledger  # noqa: E402
@@ -130,7 +134,7 @@ def test_the_whole_life(world: Ros, drive: Path) -> None:
         assert answered(rig, 4 * count) and not rig.drops
         told = {v.key: v.value for v in rig.report().values}
         assert told["state"] == "active" and told["frames answered"] == str(4 * count)
-        stages = ("assembling", "waiting", "network", "publishing")
+        stages = ("transport", "assembling", "waiting", "network", "publishing")
         assert all(float(told[f"latency {stage} (s)"]) >= 0 for stage in stages)
         assert told["prior tiles"] == "7" and told["cameras lost"] == "none"
         mapper = making.made[-1]()
@@ -173,6 +177,37 @@ def test_what_fails_leaves_the_state_and_what_breaks_is_released(world: Ros) -> 
     assert until(lambda: listeners(rig) == 0) and rig.node.worker is None
     assert change(rig, Transition.TRANSITION_CONFIGURE) and change(rig, Transition.TRANSITION_ACTIVATE)
     assert rig.node.state == "active"
+
+
+def test_a_disk_that_hangs_does_not_hold_the_node(world: Ros, monkeypatch: pytest.MonkeyPatch, drive: Path) -> None:
+    monkeypatch.setattr("nmp.nodes.mapping_node.LOAD_TIMEOUT", 0.3)
+    go, hanging = threading.Event(), FakeMapper()
+    rig = managed(world, Making())
+
+    def make(settings: Settings) -> FakeMapper:
+        go.wait(20)
+        return hanging
+
+    rig.node._make_mapper = make
+    assert not change(rig, Transition.TRANSITION_CONFIGURE)
+    assert rig.node.state == "unconfigured" and rig.status(DiagnosticStatus.ERROR, "not loaded within 0.3 s")
+    go.set()
+    assert until(lambda: hanging.closed == 1)  # when it comes back after all
+    rig.node._make_mapper = Making()
+    assert change(rig, Transition.TRANSITION_CONFIGURE) and change(rig, Transition.TRANSITION_ACTIVATE)
+    play(rig, drive)
+    assert answered(rig, 4)
+
+
+def test_configure_opens_the_city_that_is_named(world: Ros, tmp_path: Path) -> None:
+    from tests.test_mapper import _write_weights
+
+    weights = _write_weights(tmp_path / "w.safetensors", 0)
+    given = {"weights": str(weights), "prior_dir": str(tmp_path / "prior"), "device": "cpu", "location": LOCATION}
+    node = world.add(MappingNode(threading.Event(), **world.options(autostart=False, **given)))
+    assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+    assert (tmp_path / "prior" / LOCATION / "city.json").is_file()
+    assert node.shutdown() == 0
 
 
 def test_a_stuck_network_does_not_hold_the_node(world: Ros, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +327,15 @@ def test_no_frame_is_lost_where_a_recording_begins_again(world: Ros, drive: Path
     assert rig.drops == {"clock jump": 1}  # that it was noticed; nothing is lost
 
 
-def test_simulated_time_that_stands_still_is_no_silence(world: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("set_later", [False, True])
+def test_simulated_time_that_stands_still_is_no_silence(
+    world: Ros, monkeypatch: pytest.MonkeyPatch, set_later: bool
+) -> None:
     monkeypatch.setattr("nmp.nodes.inputs.SILENT_AFTER", 0.4)
-    rig = Rig(world, use_sim_time=True)
+    rig = Rig(world, use_sim_time=not set_later)
+    if set_later:  # as by ros2 param set
+        (result,) = rig.node.set_parameters([Parameter("use_sim_time", value=True)])
+        assert result.successful
     clock = rig.probe.create_publisher(Clock, "/clock", 10)
     place = rig.probe.create_publisher(String, "/location", profile(topics.LATCHED))
     inputs = rig.node._inputs
@@ -470,6 +511,25 @@ def test_rates_are_those_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> Non
     images = "rate cam_front/image_raw/compressed (Hz)"
     assert rates == {"rate frames (Hz)": "2.0", "rate odom (Hz)": "20.0", images: "12.0"}
     assert (values["latency network (s)"], values["prior tiles"]) == ("0.1000", "12")
+
+
+def test_what_the_library_logs_is_passed_on_whatever_its_severity(world: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, str]] = []
+    node = world.probe("teller")
+    listener = world.probe("listener")
+    listener.create_subscription(Log, "/rosout", lambda m: said.append((m.level, m.msg)), 10)
+    assert until(lambda: node.count_subscribers("/rosout"))
+    time.sleep(0.3)
+    log = logging.getLogger("nmp")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    forward_log(node)
+    log.warning("a tile is damaged")
+    log.error("the disk is full")
+    log.warning("a tile is damaged again")
+    log.debug("not asked for")
+    expected = [(30, "a tile is damaged"), (40, "the disk is full"), (30, "a tile is damaged again")]
+    assert until(lambda: len(said) == 3) and said == expected
 
 
 def test_a_destroyed_node_leaves_the_graph(world: Ros) -> None:

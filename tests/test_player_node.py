@@ -28,8 +28,11 @@ from nmp import topics  # noqa: E402
 from nmp.bags.reader import BagReader  # noqa: E402
 from nmp.errors import NmpError  # noqa: E402
 from nmp.frame import CAMERAS  # noqa: E402
-from nmp.nodes.player_node import PlayerNode, message_class  # noqa: E402
+from nmp.nodes import reference  # noqa: E402
+from nmp.nodes.parameters import PLAYER, RECORDER  # noqa: E402
+from nmp.nodes.player_node import FAREWELL, PlayerNode, message_class  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
+from nmp.nodes.recorder_node import RecorderNode  # noqa: E402
 from tests.bag_fixtures import LOCATION, make_bag  # noqa: E402
 
 DEEP = profile(topics.TopicQos(depth=500))
@@ -73,19 +76,34 @@ def test_every_byte_arrives_in_order(world: Ros, drive: Path) -> None:
     assert node.shutdown() == 0 and node.played == 2 + 4 * 24
 
 
-@pytest.mark.parametrize("rate", [1.0, 4.0])
-def test_timing(world: Ros, drive: Path, rate: float) -> None:
+@pytest.mark.parametrize(("rate", "frames"), [(0.1, 2), (1.0, 4), (4.0, 4), (10.0, 40)])
+def test_timing(world: Ros, tmp_path: Path, rate: float, frames: int) -> None:
+    drive = make_bag(tmp_path, frames=frames)
     probe, arrivals = world.probe(), []
     probe.create_subscription(Odometry, "odom", lambda m: arrivals.append((time.monotonic(), m.header.stamp)), DEEP)
     node = player(world, drive, rate=rate)
     before = time.process_time()
-    assert until(lambda: len(arrivals) == 24)
+    assert until(lambda: len(arrivals) == 6 * frames, 20.0)
     first, last = arrivals[0], arrivals[-1]
     recorded = (last[1].sec - first[1].sec) + (last[1].nanosec - first[1].nanosec) * 1e-9
     assert last[0] - first[0] == pytest.approx(recorded / rate, abs=0.1)
     assert node.worst_lag_s < 0.1
     assert time.process_time() - before < 0.8 * (recorded / rate) + 0.5  # sleeps between messages
     assert until(node.stop.is_set)
+
+
+def test_parameters_are_those_of_the_page(world: Ros, drive: Path, tmp_path: Path) -> None:
+    page = reference.page()
+    recorder = world.add(RecorderNode(threading.Event(), **world.options(out_dir=str(tmp_path / "out"))))
+    playing = player(world, drive)
+    for node, parameters in ((playing, PLAYER), (recorder, RECORDER)):
+        declared = {p.name for p in node.get_parameters_by_prefix("").values()}
+        assert declared - {"use_sim_time", "start_type_description_service"} == {p.name for p in parameters}
+        for parameter in parameters:
+            told = node.describe_parameter(parameter.name)
+            assert told.description == parameter.description and told.read_only
+            assert f"| `{parameter.name}` | {parameter.type} |" in page and parameter.description in page
+    playing.shutdown()
 
 
 def test_latched_topics_reach_a_late_subscriber(world: Ros, drive: Path) -> None:
@@ -153,6 +171,18 @@ def test_damage_in_the_middle_is_said(world: Ros, drive: Path, tmp_path: Path) -
     assert until(node.stop.is_set)
     with pytest.raises(NmpError, match="truncated or damaged"):
         node.shutdown()
+
+
+def test_the_last_images_are_not_lost_with_the_process(world: Ros, drive: Path) -> None:
+    """A reader on a busy computer must be able to fetch them from shared memory before that goes."""
+    came: list[float] = []
+    topic, qos = topics.image_topic("cam_back_left"), profile(topics.SENSOR_IN)
+    world.probe().create_subscription(CompressedImage, topic, lambda m: came.append(time.monotonic()), qos)
+    settings = ["-p", f"bag:={drive}", "-p", "rate:=10.0", "-p", "wait_for_subscribers:=0.0", "-p", "delay:=4.0"]
+    process = node_process("nmp.nodes.player_node", "--ros-args", *settings, domain=world.domain)
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and len(came) == 4
+    assert time.monotonic() - came[-1] >= 0.9 * FAREWELL
 
 
 def test_as_a_process(drive: Path) -> None:

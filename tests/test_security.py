@@ -6,11 +6,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.ros_fixtures import Ros, until  # isort: skip  # before rclpy is imported: it sets up DDS, or skips
+from tests.ros_fixtures import Ros, rclpy, until  # isort: skip  # before rclpy is imported: it sets up DDS, or skips
 from nmp.errors import NmpError
 from nmp.mapper import OnlineMapper
 from nmp.model.weights import DEFAULT_WEIGHTS
@@ -18,6 +19,8 @@ from nmp.nodes.mapping_node import MappingNode
 from nmp.nodes.player_node import PlayerNode
 from nmp.nodes.policy import policy, rights
 from nmp.nodes.recorder_node import RecorderNode
+from nmp.nodes.runtime import open_ros
+from nmp.nodes.viewer_node import ViewerNode
 from nmp.prior import CityPrior, PriorSpec
 from tests.bag_fixtures import make_bag
 from tests.test_mapping_node import FakeMapper
@@ -89,6 +92,7 @@ def test_the_policy_allows_what_the_nodes_use_and_no_more(world: Ros, tmp_path: 
         PlayerNode(
             threading.Event(), **world.options(bag=str(make_bag(tmp_path, frames=1)), wait_for_subscribers=60.0)
         ),
+        ViewerNode(MagicMock(), "mapping_node", **world.options()),
     ]
     for node in made:
         world.add(node)
@@ -97,7 +101,18 @@ def test_the_policy_allows_what_the_nodes_use_and_no_more(world: Ros, tmp_path: 
         until(lambda node=node, name=name: used(node) == allowed(name))
         assert used(node) == allowed(name)
         assert not node.get_client_names_and_types_by_node(name, "/")
-    made[-1].shutdown()
+    made[2].shutdown()
+
+
+def test_the_node_that_only_makes_a_process_known_needs_no_other_rights() -> None:
+    node = open_ros()
+    try:
+        until(lambda: "/parameter_events" in used(node)["publish"])
+        for right, names in used(node).items():
+            assert names <= allowed("mapping_node")[right], right
+    finally:
+        node.destroy_node()
+        rclpy.try_shutdown()
 
 
 @pytest.mark.parametrize("name", ["..", "../other", "/etc", ".hidden", "a/b", "a\0b", ""])

@@ -55,6 +55,20 @@ def test_elements_lie_in_the_map_frame_and_say_what_is_known_of_them() -> None:
     assert crossing.confidence > 0.7 and crossing.traversals is None
 
 
+def test_elements_tell_how_many_drives_saw_them() -> None:
+    def left_of_the_middle(location: str, points: np.ndarray) -> np.ndarray:
+        assert location == "here"
+        return np.where(points[:, 1] > 2.0, 5, 0)
+
+    tracked = ElementTracker().update(local_map(0.0, 5.0, 1.0, 0.2), left_of_the_middle)
+    found = {round(e.geometry.centroid.y): e.traversals for e in tracked.elements if e.name == "divider"}
+    assert found[4] == 5
+    assert found[0] == 1  # this drive sees it, whatever is stored
+    unknown = ElementTracker().update(local_map(0.0), lambda location, points: None)
+    assert {e.traversals for e in unknown.elements} == {None}
+    assert not ElementTracker().update(local_map(0.0, city={}), left_of_the_middle).elements
+
+
 def test_numbers_stay_while_the_car_drives_on_and_turns() -> None:
     tracker = ElementTracker()
     first = ids(tracker.update(local_map(0.0)))

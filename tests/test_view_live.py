@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tf2_msgs.msg import TFMessage  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
 
 from nmp import topics  # noqa: E402
+from nmp.cli import main  # noqa: E402
 from nmp.frame import CAMERAS, LocalMap  # noqa: E402
 from nmp.grids import from_city_grids  # noqa: E402
 from nmp.layers import to_occupancy  # noqa: E402
@@ -37,6 +39,7 @@ from nmp.nodes.conversions import (  # noqa: E402
     to_occupancy_grids,
     to_time,
 )
+from nmp.nodes.loopback import PROFILE, PROFILES, RANGE  # noqa: E402
 from nmp.nodes.qos import profile  # noqa: E402
 from nmp.nodes.viewer_node import ViewerNode  # noqa: E402
 from nmp.vectors.raster import Overview  # noqa: E402
@@ -209,6 +212,26 @@ def test_the_command_waits_for_a_node_and_ends_quietly() -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, "")
+
+
+def test_the_command_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def listening(*_: object, **__: object) -> None:
+        raise Asked
+
+    monkeypatch.setattr("nmp.nodes.viewer_node.listening", listening)
+    for given in ("", "SUBNET"):
+        for name in (RANGE, *PROFILES):
+            monkeypatch.setenv(name, "")  # so that it is put back
+            monkeypatch.delenv(name)
+        if given:
+            monkeypatch.setenv(RANGE, given)
+        with pytest.raises(Asked):
+            main(["view", "--live", "--port", "0"])
+        assert os.environ[RANGE] == (given or "LOCALHOST")
+        assert [os.environ.get(name) for name in PROFILES] == [None if given else str(PROFILE)] * 2
 
 
 def test_markers_and_city_survive_the_way_there_and_back() -> None:

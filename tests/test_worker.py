@@ -14,7 +14,7 @@ from nmp.nodes.worker import Waiting, Worker
 
 
 def frame(number: int, keyframe: bool = True) -> Waiting:
-    return Waiting(Frame(number, "town", np.eye(4), (), keyframe=keyframe), 0.0, 0.0)
+    return Waiting(Frame(number, "town", np.eye(4), (), keyframe=keyframe), 0.0, {})
 
 
 class Gate:

@@ -9,6 +9,7 @@ cannot be used is counted by cause in :attr:`FrameAssembler.drops`, with the lat
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,13 @@ from nmp.frame import ANCHOR_CAMERA, CAMERAS, UNSTATED_STD, Camera, CameraShot, 
 from nmp.geometry import Array, interpolate, inverse, yaw_of
 from nmp.messages import NS, Picture, content, frame_id, seconds, stamp_ns, transform_of
 
+log = logging.getLogger(__name__)
+
 CLOCK_JUMP_NS = NS
 """A stamp further back than this starts a new time line (a looped bag, a reset clock)."""
 POSES_KEPT = 2000
+MISSING = "missing camera"
+"""cause of a frame that lacks an image"""
 JUMP_M, JUMP_RAD = 1.0, 0.2
 MAX_SPEED, MAX_TURN = 100.0, 5.0
 """What a pose moves by from one to the next is a jump of the localisation where it is more than ``JUMP_M`` (m) at more
@@ -259,7 +264,7 @@ class FrameAssembler:
             del self._poses[:-POSES_KEPT]
 
     def add_image(self, name: str, msg: Any) -> None:
-        """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (rgb8, bgr8)."""
+        """Take an image of camera ``name``: a sensor_msgs/CompressedImage or Image (of an encoding in ``CHANNELS``)."""
         self.add_sealed_image(name, stamp_ns(msg), lambda: msg, "raw" if hasattr(msg, "encoding") else "compressed")
 
     def add_sealed_image(self, name: str, stamp: int, fetch: Callable[[], Any], transport: str) -> None:
@@ -356,6 +361,8 @@ class FrameAssembler:
             if not (out_of_time or isinstance(exc, _Refused)):
                 return False
             self._drop(exc.cause, str(exc))
+            if exc.cause == MISSING and self._is_key(anchor.stamp_ns):
+                log.debug("keyframe %s is lost (%s); %s", seconds(anchor.stamp_ns), exc, self._stamps(anchor.stamp_ns))
         del queue[0]
         self._closed_ns = anchor.stamp_ns
         return True
@@ -384,11 +391,25 @@ class FrameAssembler:
         self._lost = set(lost)
         self.lost = {self.prefixes[name]: text for name, text in lost.items()}
         ego = poses[ANCHOR_CAMERA]
-        key = self.limits.keyframe_rate > 0 and anchor.stamp_ns >= self._next_key_ns
+        key = self._is_key(anchor.stamp_ns)
         if key:
             self._next_key_ns = anchor.stamp_ns + _interval_ns(self.limits.keyframe_rate)
         stds = ego.position_std, ego.yaw_std
         return Frame(anchor.stamp_ns, self.location, ego.map_from_base, shots, *stds, keyframe=key)
+
+    def _is_key(self, anchor_ns: int) -> bool:
+        return self.limits.keyframe_rate > 0 and anchor_ns >= self._next_key_ns
+
+    def _stamps(self, anchor_ns: int) -> str:
+        """Say which images of each camera wait, by their distance from an anchor: one that came late is there, one that
+        was lost on the way is not."""
+        told = []
+        for name, queue in self._images.items():
+            waiting = ", ".join(f"{(p.stamp_ns - anchor_ns) / NS:+.3f}" for p in queue)
+            newest = self._newest.get(name)
+            last = "none" if newest is None else f"{(newest - anchor_ns) / NS:+.3f}"
+            told.append(f"{name}: newest {last}, waiting [{waiting}]")
+        return "; ".join(told)
 
     def _pictures(self, anchor: Picture, final: bool) -> tuple[dict[str, Picture], dict[str, str]]:
         """Return the images that belong to an anchor, in the order of ``CAMERAS``, and why cameras have none.
@@ -454,7 +475,7 @@ class FrameAssembler:
             # distance: the less an image fits, the longer a better one is waited for.
             if final or (newest is not None and newest >= stamp) or self._time(0) >= stamp + 2 * distance:
                 return best
-            raise _Waiting("missing camera", f"{name} may still come")
+            raise _Waiting(MISSING, f"{name} may still come")
         topic = topics.image_topic(self.prefixes[name])
         limit = f"{self.limits.max_camera_spread:g} s"
         hint = "nothing was received" if newest is None else f"its newest is {(newest - stamp) / NS:+.3f} s from it"
@@ -463,7 +484,7 @@ class FrameAssembler:
             f"check {topic} and its stamps"
         )
         passed = newest is not None and newest > stamp + self.limits.spread_ns
-        raise (_Refused if passed else _Waiting)("missing camera", text)
+        raise (_Refused if passed else _Waiting)(MISSING, text)
 
     def _camera(self, name: str) -> Camera:
         if name in self._rig:
@@ -538,7 +559,7 @@ class FrameAssembler:
                 topic = topics.image_topic(self.prefixes[ANCHOR_CAMERA])
                 limit = f"{self.limits.max_camera_spread:g} s"
                 self._drop(
-                    "missing camera",
+                    MISSING,
                     f"{ANCHOR_CAMERA} has no image within {limit} of {name} at {seconds(stamp)}: "
                     f"check {topic} and its stamps",
                 )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from nmp.errors import NmpError
-from nmp.frame import CLASSES, CameraShot, Frame, LocalMap
+from nmp.frame import CLASSES, CameraShot, Frame, LocalMap, car_outline
 from nmp.geometry import Array, BevGrid, flatten_to_plane, inverse
 
 Picture = NDArray[np.uint8]
@@ -40,7 +40,6 @@ FAINT: Colour = (139, 149, 163)
 CAR: Colour = (236, 240, 245)
 TRACK: Colour = (250, 250, 210)
 
-CAR_LENGTH, CAR_WIDTH, REAR_OVERHANG = 4.6, 1.9, 1.0  # m; base_link is at the rear axle
 MOSAIC = (("cam_front_left", "cam_front", "cam_front_right"), ("cam_back_left", "cam_back", "cam_back_right"))
 LEAST_MAP_WIDTH = 760  # pixels: title and legend have to fit
 NEAREST_DRAWN_M = 2.0  # the car's own body would hide anything nearer
@@ -204,10 +203,7 @@ def layers_picture(
     enlarged = [cv2.resize(layer[::-1].astype(np.float32), size, interpolation=cv2.INTER_LINEAR) for layer in layers]
     out = _paint(base, np.stack(enlarged))
 
-    rear, front, half = -REAR_OVERHANG, CAR_LENGTH - REAR_OVERHANG, CAR_WIDTH / 2
-    body = np.array(
-        [pixel(rear, half), pixel(front - 0.9, half), pixel(front, 0), pixel(front - 0.9, -half), pixel(rear, -half)]
-    )
+    body = np.array([pixel(x, y) for x, y in car_outline()])
     cv2.fillPoly(out, [body], CAR, cv2.LINE_AA)
     cv2.polylines(out, [body], True, INK, 1, cv2.LINE_AA)
     return out

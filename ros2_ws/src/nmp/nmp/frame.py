@@ -28,6 +28,9 @@ ANCHOR_CAMERA = "cam_front"
 UNSTATED_STD = (0.5, 0.02)
 """How far a pose may be off, m and rad, where nobody says: standard deviations."""
 
+CAR_LENGTH, CAR_WIDTH, REAR_OVERHANG = 4.6, 1.9, 1.0
+"""Of the car in pictures, m; base_link is at the rear axle. Nothing is computed with them."""
+
 LOCATIONS: tuple[str, ...] = (
     "singapore-onenorth",
     "singapore-hollandvillage",
@@ -35,6 +38,12 @@ LOCATIONS: tuple[str, ...] = (
     "boston-seaport",
 )
 """The cities of nuScenes: each has a map frame of its own."""
+
+
+def car_outline() -> Array:
+    """Return the car in pictures as a polygon [5, 2] in ``base_link``, m; its third corner is the nose."""
+    rear, front, half = -REAR_OVERHANG, CAR_LENGTH - REAR_OVERHANG, CAR_WIDTH / 2
+    return np.array([(rear, half), (front - 0.9, half), (front, 0.0), (front - 0.9, -half), (rear, -half)])
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, UNSTATED_STD, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
-from nmp.geometry import BevGrid, yaw_of
+from nmp.geometry import Array, BevGrid, yaw_of
 from nmp.model.config import NetworkConfig
 from nmp.model.fusion import EVIDENCE_SCALE
 from nmp.model.network import BEVNetwork
@@ -35,6 +39,9 @@ from nmp.prior.record import Record
 from nmp.prior.storage import Place, Storage
 
 log = logging.getLogger(__name__)
+
+AGAIN_S = 3.0
+"""from one attempt to open or read a city that could not be to the next, s"""
 
 
 def default_prior_dir() -> Path:
@@ -53,6 +60,23 @@ class Decoded(NamedTuple):
     """what decoding took, s"""
 
 
+class _Attempt(NamedTuple):
+    """To open a city."""
+
+    begun_s: float
+    """monotonic clock"""
+    done: Future[None]
+
+
+class PriorState(NamedTuple):
+    """What the open cities hold."""
+
+    counts: Mapping[str, int]
+    """by kind: tiles, bytes"""
+    damage: str
+    """what is damaged, and what to do; empty when nothing that was read is"""
+
+
 class OnlineMapper:
     """Maps frames to layers and remembers what it saw.
 
@@ -69,6 +93,8 @@ class OnlineMapper:
     :param compiled: compile the network for the GPU, which takes a minute at the start; on a CPU this is left out
 
     :param min_cameras: images that a frame must have; the network is told which ones are missing
+    :param tolerant: frames are mapped without a prior while it cannot be opened or read, for a car that must not be
+        blind; else they are refused
 
     Raises :class:`NmpError` for weights that do not load, for a prior that another model wrote, and for a device that
     is not there or too small.
@@ -89,6 +115,7 @@ class OnlineMapper:
         precision: str = "auto",
         compiled: bool = False,
         min_cameras: int = len(CAMERAS),
+        tolerant: bool = False,
     ) -> None:
         place = choose_device(device)
         self.network, self.fingerprint = load_network(weights)
@@ -98,6 +125,7 @@ class OnlineMapper:
         self._flush_interval_s = flush_interval_s
         self._vehicle = vehicle
         self._whole = whole
+        self._tolerant = tolerant
         self.min_cameras = min_cameras
         """images that a frame must have"""
         self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
@@ -106,8 +134,9 @@ class OnlineMapper:
         if self.config.fusion == "evidence":
             self.network.fusion.cap = math.inf
         self.prior_error = ""
-        """why the last update could not be saved; empty when it could, or when it waits for the next flush. Storing
-        goes on after :meth:`update` has returned: until it is done (:meth:`settle`) this is about the update before"""
+        """why the last update could not be saved, or had no prior; empty when it was saved, or when it waits for the
+        next flush. Storing goes on after :meth:`update` has returned: until it is done (:meth:`settle`) this is about
+        the update before"""
         self.gates = PoseGate(limits)
         """judges the poses: how often and why a frame was not stored"""
         self.stages_s: dict[str, float] = {}
@@ -117,6 +146,10 @@ class OnlineMapper:
         """of what the last frame saw"""
         self._wrote_s = 0.0
         self._cities: dict[str, CityPrior] = {}
+        self._attempts: dict[str, _Attempt] = {}
+        """the last one for each city that this drive came to"""
+        self._read_again_s = 0.0
+        """no cells are read before, monotonic clock; 0 when the last ones could be read"""
         if use_prior and (stored := Storage(self.prior_dir)).local is not None:
             # A foreign prior is refused before the first frame, not after the drive has begun. Behind a URL that would
             # list every tile: there it is refused with the first frame.
@@ -139,18 +172,98 @@ class OnlineMapper:
         return self.config.layer_grid
 
     def city(self, location: str) -> CityPrior:
-        """Return the open prior of a city, with all that was mapped so far."""
+        """Return the open prior of a city, with all that was mapped so far.
+
+        Raises :class:`NmpError` when it cannot be opened.
+        """
         self.settle()
+        self._end_attempts()
         if location not in self._cities:
-            self._cities[location] = CityPrior.open(
-                self.prior_dir,
-                location,
-                self.city_spec,
-                flush_interval_s=self._flush_interval_s,
-                vehicle=self._vehicle,
-                whole=self._whole,
-            )
+            self._open(location)
         return self._cities[location]
+
+    def _open(self, location: str) -> None:
+        self._cities[location] = CityPrior.open(
+            self.prior_dir,
+            location,
+            self.city_spec,
+            flush_interval_s=self._flush_interval_s,
+            vehicle=self._vehicle,
+            whole=self._whole,
+        )
+        if self.prior_error:
+            log.warning("the prior of %s is open now: what is seen is remembered from here on", location)
+        self.prior_error = ""
+
+    def _attempt(self, location: str, done: Future[None]) -> None:
+        try:
+            self._open(location)
+        except Exception as error:  # belongs to the one who asks for the city
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _city_if_it_opens(self, location: str) -> CityPrior | None:
+        """Return the open prior of a city; None, and :attr:`prior_error`, while it cannot be opened.
+
+        The first attempt is waited for, as no drive should begin without what is known; later ones are made beside the
+        frames, as a store that cannot be reached takes its time.
+        """
+        if not self._tolerant:
+            return self.city(location)
+        if location in self._cities:
+            return self._cities[location]
+        attempt, now = self._attempts.get(location), time.monotonic()
+        if attempt is None or (attempt.done.done() and now - attempt.begun_s > AGAIN_S):
+            first = attempt is None
+            attempt = self._attempts[location] = _Attempt(now, Future())
+            # Not in a pool: a disk that hangs would keep the process from ending.
+            threading.Thread(target=self._attempt, args=(location, attempt.done), name="open", daemon=True).start()
+            if first:
+                wait((attempt.done,))
+        if not attempt.done.done():
+            return None
+        try:
+            attempt.done.result()
+        except NmpError as error:
+            self._go_without(error)
+            return None
+        return self._cities[location]
+
+    def _go_without(self, error: NmpError) -> None:
+        text = f"mapping without a prior, nothing is remembered: {error}"
+        if text != self.prior_error:
+            log.error("%s", text)
+        self.prior_error = text
+
+    def _read(self, city: CityPrior, window: Window) -> bool:
+        """Read the cells of a window; False, and :attr:`prior_error`, where the frame is to be mapped without them."""
+        now = time.monotonic()
+        if now < self._read_again_s:
+            return False
+        try:
+            city.read(window, self._runner.window)
+        except NmpError as error:
+            if not self._tolerant:
+                raise
+            # A store that cannot be reached takes seconds to say so: not with every frame.
+            self._read_again_s = time.monotonic() + AGAIN_S
+            self._go_without(error)
+            return False
+        if self._read_again_s:
+            self._read_again_s, self.prior_error = 0.0, ""
+        return True
+
+    def expect(self, location: str) -> None:
+        """Open the prior of a city before its first frame, which would have to wait for it.
+
+        Raises :class:`NmpError` when it cannot be opened, but where frames are mapped without it then.
+        """
+        self._city_if_it_opens(location)
+
+    def _end_attempts(self) -> None:
+        """Wait until nobody tries to open a city any more."""
+        wait([attempt.done for attempt in self._attempts.values()])
 
     def update(self, frame: Frame, decoded: Decoded | None = None) -> LocalMap:
         """Map one frame, and add what it saw to the prior, unless its pose is doubtful (:attr:`gates`).
@@ -178,11 +291,16 @@ class OnlineMapper:
         x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
-        city = self.city(frame.location)
-        city.prefetch(x, y, yaw_of(frame.map_from_base))
+        city = self._city_if_it_opens(frame.location)
+        if city is not None:
+            city.prefetch(x, y, yaw_of(frame.map_from_base))
+        latent, evidence = self._runner.window
+        if city is None or not self._read(city, window):
+            city = None
+            latent.fill(0)  # with nothing in it the network gives what it gives without a prior
+            evidence.fill(0)
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
-        _, evidence = city.read(window, self._runner.window)
         clock.done("reading prior")
         weight = self.gates.check(frame)
         if weight < 1:
@@ -192,7 +310,7 @@ class OnlineMapper:
         answer = _checked(self._runner.answer(pose, spread))
         clock.done("network")
         self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
-        if self.gates.may_store(answer.found):
+        if self.gates.may_store(answer.found) and city is not None:
             self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns)
         return self._local_map(frame, answer)
 
@@ -236,9 +354,40 @@ class OnlineMapper:
         names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
 
-    def flush(self) -> None:
-        """Write everything that the prior holds to disk."""
+    def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None:
+        """Return how many drives saw the cells of a city at points [N, 2] (map frame, m), this one included.
+
+        What the last frame saw may not be counted yet. None where no prior is open, or it cannot be read.
+        """
+        city = self._cities.get(location)
+        if city is None or self._read_again_s or not len(points):
+            return None
+        cells = np.floor(points / self.config.prior_cell).astype(np.int64)
+        (col, row), (cols, rows) = cells.min(axis=0), np.ptp(cells, axis=0) + 1
+        try:
+            counts = city.traversals(Window(int(row), int(col), int(rows), int(cols)))
+        except NmpError as error:  # the next frame needs these cells, too, and tells of it
+            log.debug("no traversals: %s", error)
+            return None
+        return counts[cells[:, 1] - row, cells[:, 0] - col].astype(np.int64)
+
+    def prior_state(self) -> PriorState:
+        """Return what the open cities hold, and what of it is damaged."""
         self.settle()
+        cities, counts = list(self._cities.values()), Counter[str]()
+        for city in cities:
+            counts.update({name.replace("_", " "): count for name, count in city.statistics().items()})
+        damage = (str(getattr(city, "damage", "")) for city in cities)
+        return PriorState(counts, next((text for text in damage if text), ""))
+
+    def flush(self) -> None:
+        """Write everything that the prior holds to disk.
+
+        Raises :class:`NmpError` when that is not possible, also because a city cannot be opened.
+        """
+        self.settle()
+        for location in self._attempts:
+            self.city(location)
         for city in self._cities.values():
             city.flush()
 
@@ -255,6 +404,8 @@ class OnlineMapper:
         :param recording: hash of the recording that was mapped from its first to its last frame, where it was one
         """
         self.settle()
+        self._end_attempts()
+        self._attempts.clear()
         self.gates.restart()
         added = {}
         while self._cities:
@@ -266,6 +417,8 @@ class OnlineMapper:
     def discard(self) -> None:
         """Release the prior without what this drive added to it."""
         self.settle()
+        self._end_attempts()
+        self._attempts.clear()
         self.gates.restart()
         while self._cities:
             _, city = self._cities.popitem()

@@ -6,7 +6,7 @@ import io
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
 import cv2
@@ -19,6 +19,14 @@ from nmp.geometry import Array, transform_from
 
 NS = 1_000_000_000
 """nanoseconds per second"""
+CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
+"""encodings of raw images, with the bytes of a pixel"""
+_FROM = {
+    "bgr8": cv2.COLOR_BGR2RGB,
+    "rgba8": cv2.COLOR_RGBA2RGB,
+    "bgra8": cv2.COLOR_BGRA2RGB,
+    "mono8": cv2.COLOR_GRAY2RGB,
+}
 STAMP_END = 12
 """bytes of a serialised message up to the end of the stamp of its header"""
 
@@ -98,21 +106,23 @@ def look_at(topic: str, stamp: int, fetch: Callable[[], Any]) -> Look:
         text = f"{topic} at {seconds(stamp)}: this is no message ({exc}): check the camera driver"
         return Look((0, 0), None, ("bad image", text))
     if hasattr(msg, "encoding"):
-        size, need = (int(msg.width), int(msg.height)), 3 * int(msg.width)
+        size, need = (int(msg.width), int(msg.height)), CHANNELS.get(msg.encoding, 0) * int(msg.width)
         fault = None
-        if msg.encoding not in ("rgb8", "bgr8"):
-            fault = f"{topic}: encoding '{msg.encoding}' is not supported: publish rgb8 or bgr8"
+        if not need:
+            known = ", ".join(CHANNELS)
+            hint = "let image_proc debayer it" if msg.encoding.startswith("bayer") else f"publish one of {known}"
+            fault = f"{topic}: encoding '{msg.encoding}' is not supported: {hint}"
         elif min(size) <= 0 or msg.step < need or len(msg.data) < msg.step * msg.height:
             fault = f"{topic}: {len(msg.data)} bytes do not hold {size[0]} x {size[1]} pixels: check the camera driver"
         return Look(size, msg, ("bad image", fault) if fault else None)
     try:
         data = bytes_of(msg)
-        with Image.open(io.BytesIO(cast(bytes, data))) as header:  # reads the header only
+        with Image.open(io.BytesIO(cast(bytes, data)), formats=("JPEG", "PNG")) as header:  # reads the header only
             size, kind = header.size, header.format
         if kind == "JPEG" and b"\xff\xd9" not in data[-1024:].tobytes():
             raise ValueError("its end is cut off")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as exc:
-        reason = "not an image" if isinstance(exc, Image.UnidentifiedImageError) else " ".join(str(exc).split())
+        reason = "neither JPEG nor PNG" if isinstance(exc, Image.UnidentifiedImageError) else " ".join(str(exc).split())
         text = f"{topic} at {seconds(stamp)}: {len(msg.data)} bytes are damaged ({reason}): check the camera driver"
         return Look((0, 0), None, ("bad image", text))
     return Look(size, msg)
@@ -123,8 +133,20 @@ def content(msg: Any) -> bytes | NDArray[np.uint8]:
     data = bytes_of(msg)
     if not hasattr(msg, "encoding"):
         return data.tobytes()
+    # Not by imgmsg_to_cv2 of cv_bridge: the one of its wheel takes padded rows for pixels.
     rows = data[: msg.step * msg.height].reshape(msg.height, msg.step)
-    pixels = rows[:, : 3 * msg.width].reshape(msg.height, msg.width, 3)
-    if msg.encoding == "bgr8":
-        return cast("NDArray[np.uint8]", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-    return np.ascontiguousarray(pixels)
+    channels = CHANNELS[msg.encoding]
+    pixels = rows[:, : channels * msg.width].reshape(msg.height, msg.width, channels)
+    if msg.encoding == "rgb8":
+        return np.ascontiguousarray(pixels)
+    return _to_rgb()(pixels[..., 0] if channels == 1 else pixels, msg.encoding)
+
+
+@cache
+def _to_rgb() -> Callable[[NDArray[np.uint8], str], NDArray[np.uint8]]:
+    """Return what turns pixels of an encoding into RGB: cv_bridge where ROS is, OpenCV alone gives the same."""
+    try:
+        from cv_bridge.boost.cv_bridge_boost import cvtColor2
+    except ImportError:
+        return lambda pixels, encoding: cast("NDArray[np.uint8]", cv2.cvtColor(pixels, _FROM[encoding]))
+    return lambda pixels, encoding: cast("NDArray[np.uint8]", cvtColor2(pixels, encoding, "rgb8"))

@@ -26,6 +26,8 @@ BEV = "~/bev"
 """sensor_msgs/Image: the layers as a picture, for looking."""
 VECTORS = "~/vectors"
 """visualization_msgs/MarkerArray, latched: the elements around the car, with lasting ids."""
+FOOTPRINT = "~/footprint"
+"""geometry_msgs/PolygonStamped, latched: where the car stands in the layers, for looking."""
 SAVE_PRIOR = "~/save_prior"
 LOAD_PRIOR = "~/load_prior"
 EXPORT_PRIOR = "~/export_prior"
@@ -49,10 +51,15 @@ class TopicQos:
 
 LATCHED = TopicQos(depth=1, latched=True)
 """Layers, location and static transforms."""
-SENSOR_IN = TopicQos(depth=10, reliable=False)
-"""How sensors are subscribed to: a best-effort reader matches every publisher, a reliable one does not."""
-POSE_IN = TopicQos(depth=200, reliable=False)
-"""Poses are small and fast: deep enough for a second in which nobody reads."""
+SENSOR_IN = TopicQos(depth=30, reliable=False)
+"""How sensors are subscribed to: a best-effort reader matches every publisher, a reliable one does not. Deep enough for
+2.5 s at 12 Hz in which nobody reads, as on a computer that others keep busy. With a depth of 10 that was 0.8 s, or a
+tenth of it in a bag played at ten times its speed: a camera then lost several images in a row, which no neighbour makes
+good, and so a keyframe. Full, with images of 200 kB, the queues of six cameras hold 36 MB."""
+RAW_IN = TopicQos(depth=10, reliable=False)
+"""Raw images are twenty times as large: 0.8 s of them at 12 Hz take 260 MB."""
+POSE_IN = TopicQos(depth=500, reliable=False)
+"""Poses are small and fast: deep enough for as long at 200 Hz."""
 SENSOR_OUT = TopicQos(depth=20)
 """How recorded sensors are offered: a reliable writer serves every subscriber."""
 PICTURE = TopicQos(depth=2, reliable=False)
@@ -62,6 +69,11 @@ PICTURE = TopicQos(depth=2, reliable=False)
 def image_topic(camera: str, transport: str = "compressed") -> str:
     """Return the image topic of a camera; ``transport`` is "compressed" or "raw"."""
     return f"{camera}/image_raw/compressed" if transport == "compressed" else f"{camera}/image_raw"
+
+
+def image_qos(transport: str) -> TopicQos:
+    """Return how images are subscribed to."""
+    return SENSOR_IN if transport == "compressed" else RAW_IN
 
 
 def camera_info_topic(camera: str) -> str:

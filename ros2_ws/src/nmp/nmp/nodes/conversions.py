@@ -7,14 +7,14 @@ import json
 
 import numpy as np
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import Point
+from geometry_msgs.msg import Point, Point32, PolygonStamped
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 from sensor_msgs.msg import Image
 from visualization_msgs.msg import Marker, MarkerArray
 
 from nmp import topics
-from nmp.frame import CLASSES, LocalMap
+from nmp.frame import CLASSES, LocalMap, car_outline
 from nmp.geometry import Array, flatten_to_plane, transform_from_xyyaw, yaw_of
 from nmp.layers import occupancy, to_occupancy
 from nmp.vectorize import outline
@@ -79,6 +79,17 @@ def _grids(layers: NDArray[np.int8], stamp_ns: int, resolution: float, corner: A
     return out
 
 
+def to_footprint(local_map: LocalMap) -> PolygonStamped:
+    """Return the car's outline in ``map``, at the pose of the layers."""
+    pose = flatten_to_plane(local_map.map_from_base)
+    corners = np.array([(x, y, 0.0, 1.0) for x, y in car_outline()]) @ pose.T
+    msg = PolygonStamped()
+    msg.header.stamp = to_time(local_map.stamp_ns)
+    msg.header.frame_id = topics.MAP_FRAME
+    msg.polygon.points = [Point32(x=float(x), y=float(y), z=0.0) for x, y in corners[:, :2]]
+    return msg
+
+
 def from_markers(msg: MarkerArray) -> Elements:
     """Return the lines of markers, and what they delete; the other way round of :func:`to_markers`."""
     stamps = [to_ns(m.header.stamp) for m in msg.markers]
@@ -132,13 +143,17 @@ def to_markers(tracked: Tracked) -> MarkerArray:
 
 
 def describe(element: MapElement) -> dict[str, float | int]:
-    """Return confidence (0..1), age (s), frames and, where it is known, evidence."""
+    """Return confidence (0..1), age (s), frames and, where they are known, evidence and traversals."""
     out: dict[str, float | int] = {
         "confidence": round(element.confidence, 3),
         "age_s": round(element.age_s, 3),
         "frames": element.frames,
     }
-    return out if element.evidence is None else out | {"evidence": round(element.evidence, 1)}
+    if element.evidence is not None:
+        out["evidence"] = round(element.evidence, 1)
+    if element.traversals is not None:
+        out["traversals"] = element.traversals
+    return out
 
 
 def _marker(name: str, number: int, stamp_ns: int) -> Marker:

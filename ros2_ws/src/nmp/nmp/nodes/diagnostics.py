@@ -35,6 +35,8 @@ class Condition:
     """messages, by topic"""
     prior: Mapping[str, int] = field(default_factory=dict)
     """what the prior holds, by kind"""
+    damage: str = ""
+    """what of the prior is damaged"""
     stamp_age_s: float | None = None
 
 
@@ -77,6 +79,7 @@ class Reports:
                 "cameras lost": ", ".join(assembler.lost) or "none",
                 "prior location": assembler.location or "none",
                 **{f"prior {kind}": count for kind, count in now.prior.items()},
+                **({"prior damage": now.damage} if now.damage else {}),
                 "silent topics": ", ".join(now.silent) or "none",
             }.items()
         ]
@@ -107,6 +110,8 @@ def _judge(
         return DiagnosticStatus.ERROR, now.prior_error
     if now.gate:
         return DiagnosticStatus.WARN, now.gate
+    if now.damage:
+        return DiagnosticStatus.WARN, f"the prior is damaged: {now.damage}"
     if now.silent:
         return DiagnosticStatus.WARN, f"nothing comes from {', '.join(now.silent)}"
     if worst:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
@@ -24,14 +24,25 @@ from nmp.nodes.qos import profile
 from nmp.nodes.settings import Settings
 
 
+class Arrival(NamedTuple):
+    """A message that the assembler took."""
+
+    topic: str
+    received_s: float
+    """when its callback began, monotonic clock"""
+    transport_s: float | None
+    """from its publication until then: on the way, and waiting for the executor. None where the middleware does not say
+    when that was, or where the clock of the sender runs ahead of this one"""
+
+
 class Inputs:
     """The subscriptions of one activation.
 
-    :param arrived: called with the topic after every message that the assembler took, in the executor's thread
+    :param arrived: called after every message that the assembler took, in the executor's thread
     """
 
     def __init__(
-        self, node: Node, settings: Settings, assembler: FrameAssembler, arrived: Callable[[str], None]
+        self, node: Node, settings: Settings, assembler: FrameAssembler, arrived: Callable[[Arrival], None]
     ) -> None:
         self.counts: Counter[str] = Counter()
         """messages received, by topic"""
@@ -40,7 +51,6 @@ class Inputs:
         self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
         self._node = node
         self._arrived = arrived
-        self._sim_time = bool(node.get_parameter("use_sim_time").value)
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
@@ -50,12 +60,13 @@ class Inputs:
         self._subscribe(settings, assembler)
 
     def _subscribe(self, settings: Settings, assembler: FrameAssembler) -> None:
-        image_type = CompressedImage if settings["image_transport"] == "compressed" else Image
+        transport = settings["image_transport"]
+        image_type = CompressedImage if transport == "compressed" else Image
         pose_type = Odometry if settings["pose_type"] == "odometry" else PoseWithCovarianceStamped
         for name, prefix in assembler.prefixes.items():
-            image = topics.image_topic(prefix, settings["image_transport"])
-            keep = _sealed_image(assembler, name, image_type, settings["image_transport"])
-            self._listen(image_type, image, topics.SENSOR_IN, keep, steady=True, sealed=True)
+            image = topics.image_topic(prefix, transport)
+            keep = _sealed_image(assembler, name, image_type, transport)
+            self._listen(image_type, image, topics.image_qos(transport), keep, steady=True, sealed=True)
             info = topics.camera_info_topic(prefix)
             self._listen(CameraInfo, info, topics.SENSOR_IN, _calibration(assembler, name), sealed=True)
         self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
@@ -84,21 +95,22 @@ class Inputs:
         :param sealed: ``take`` wants the bytes as they came
         """
 
-        def on_message(msg: Any) -> None:
-            begin = time.monotonic()
+        def on_message(msg: Any, info: Mapping[str, Any]) -> None:
+            begin, published_ns = time.monotonic(), int(info["source_timestamp"])
+            transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
             self._heard[topic] = begin, self._now_ns()
             # The executor serves one message of each topic in turn: many small ones would fall behind the images.
             waiting = _waiting(subscription) if drain else ()
             for message in (msg, *waiting):
                 self.counts[topic] += 1
                 take(message)
-            self._arrived(topic)
+            self._arrived(Arrival(topic, begin, transport_s if transport_s >= 0 else None))
             self.busy_s += time.monotonic() - begin
 
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        subscription = self._node.create_subscription(kind, topic, on_message, profile(qos), raw=sealed)
+        subscription = self._node.create_subscription(kind, topic, cast(Any, on_message), profile(qos), raw=sealed)
         self._subscriptions.append(subscription)
 
     def close(self) -> None:
@@ -134,7 +146,9 @@ class Inputs:
 
     def _missed(self, heard: tuple[float, int]) -> bool:
         """Whether time went on, by the node's clock, since a message was heard."""
-        return not self._sim_time or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
+        clock: Any = self._node.get_clock()
+        # asked each time: use_sim_time may change at any time
+        return not clock.ros_time_is_active or abs(self._now_ns() - heard[1]) > SILENT_AFTER * 1e9
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)

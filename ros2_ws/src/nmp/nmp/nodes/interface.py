@@ -58,6 +58,9 @@ OUTPUTS = (
     ),
     Topic(topics.MAPPED_LOCATION, "std_msgs/msg/String", "the city that the layers are of", True),
     Topic(topics.VECTORS, "visualization_msgs/msg/MarkerArray", "elements around the car, with lasting ids", True),
+    Topic(
+        topics.FOOTPRINT, "geometry_msgs/msg/PolygonStamped", "the car where the layers have it, nose in front", True
+    ),
     Topic(topics.BEV, "sensor_msgs/msg/Image", "the layers as a picture, for looking"),
     Topic(topics.DIAGNOSTICS, "diagnostic_msgs/msg/DiagnosticArray", "once a second, in every state"),
 )

@@ -6,6 +6,7 @@ everything that touches it runs there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -14,11 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from numpy.typing import NDArray
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 
@@ -28,11 +32,19 @@ from nmp.errors import NmpError
 from nmp.extrinsics import read_extrinsics
 from nmp.frame import Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate
+from nmp.geometry import Array
 from nmp.nodes.diagnostics import Condition, Reports
-from nmp.nodes.inputs import Inputs
+from nmp.nodes.inputs import Arrival, Inputs
 from nmp.nodes.lifecycle import FAILURE, INTERNAL, SUCCESS, ManagedNode
 from nmp.nodes.outputs import Draw, Outputs, draw_picture
-from nmp.nodes.parameters import GATE, PARAMETERS, REPORT_PERIOD, STOP_TIMEOUT
+from nmp.nodes.parameters import (
+    COMPILE_TIMEOUT,
+    GATE,
+    LOAD_TIMEOUT,
+    PARAMETERS,
+    REPORT_PERIOD,
+    STOP_TIMEOUT,
+)
 from nmp.nodes.runtime import run_node
 from nmp.nodes.services import Services
 from nmp.nodes.settings import Settings
@@ -41,6 +53,9 @@ from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
 from nmp.prior.storage import Place, place_of
 from nmp.process import prepare_process
+
+if TYPE_CHECKING:
+    from nmp.mapper import PriorState
 
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
@@ -57,7 +72,8 @@ class Mapper(Protocol):
     @property
     def stages_s(self) -> Mapping[str, float]: ...
     def update(self, frame: Frame) -> LocalMap: ...
-    def prior_size(self) -> Mapping[str, int]: ...
+    def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None: ...
+    def prior_state(self) -> PriorState: ...
     def flush(self) -> None: ...
     def close(self) -> Mapping[str, Record]: ...
 
@@ -66,7 +82,7 @@ def load_mapper(settings: Settings) -> Mapper:
     """Return the online mapper that the parameters describe."""
     from nmp.mapper import OnlineMapper  # brings torch, which takes its time
 
-    return OnlineMapper(
+    mapper = OnlineMapper(
         _path(settings["weights"]),
         place_of(settings["prior_dir"]) if settings["prior_dir"] else None,
         use_prior=settings["use_prior"],
@@ -75,8 +91,12 @@ def load_mapper(settings: Settings) -> Mapper:
         precision=settings["precision"],
         compiled=settings["compile"],
         min_cameras=1,  # the assembler decides
+        tolerant=True,
         limits=GateLimits(**{f.name: settings[GATE + f.name] for f in dataclasses.fields(GateLimits)}),
     )
+    if settings["use_prior"] and settings["location"]:
+        mapper.expect(settings["location"])
+    return mapper
 
 
 class MappingNode(ManagedNode):
@@ -108,7 +128,7 @@ class MappingNode(ManagedNode):
         self._make_mapper, self._draw, self._stop = make_mapper, draw, stop
         self._inputs: Inputs | None = None
         self._newest_ns = 0
-        self._prior_size: Mapping[str, int] = {}
+        self._prior: PriorState | None = None
         self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
         self._reports = Reports(self.get_name())
         self._failing = ""  # text of the last frame's failure; empty when it was answered
@@ -173,11 +193,22 @@ class MappingNode(ManagedNode):
 
         OpenMP keeps threads for every thread that computes; with more of them than cores they no longer wait for each
         other awake, and each of the network's hundreds of small steps begins with waking them.
+
+        Raises :class:`NmpError` when that takes too long: nothing else is served meanwhile.
         """
         if self.worker is None:
             self.worker = Worker(self._answer)
-        mapper: Mapper = self.worker.submit(partial(self._make_mapper, self.settings)).result()
-        return mapper
+        made: Future[Mapper] = self.worker.submit(partial(self._make_mapper, self.settings))
+        limit_s = COMPILE_TIMEOUT if self.settings["compile"] else LOAD_TIMEOUT
+        try:
+            return made.result(limit_s)
+        except TimeoutError:
+            worker, self.worker = self.worker, None  # its thread may never come back
+            made.add_done_callback(_close_late)
+            worker.close(0.0)
+            raise NmpError(
+                f"network and prior were not loaded within {limit_s:g} s: do the disks of weights and prior_dir answer?"
+            ) from None
 
     def _deactivate(self) -> None:
         """Stop listening; save the prior, commit the drive, free the memory of the GPU."""
@@ -223,12 +254,12 @@ class MappingNode(ManagedNode):
 
     # ------------------------------------------------------------------------------------------------------- frames
 
-    def _arrived(self, topic: str) -> None:
+    def _arrived(self, arrival: Arrival) -> None:
         """A message is in the assembler: pass on what it completes."""
         inputs, worker = self._inputs, self.worker
         if inputs is None or worker is None or self.outputs is None:
             return  # taken from the middleware before the node stopped to listen
-        self.statistics.received += topic == inputs.anchor_topic
+        self.statistics.received += arrival.topic == inputs.anchor_topic
         # A frame that is complete stays one when the clock jumps: what waits for the network is mapped all the same.
         frames = self.assembler.pop_frames()
         if not frames:
@@ -238,9 +269,12 @@ class MappingNode(ManagedNode):
         elif self.settings["idle_without_subscribers"] and not self.outputs.wanted:
             self.statistics.skip("no subscribers", len(frames))
         else:
-            now = time.monotonic()
-            each, inputs.busy_s = inputs.busy_s / len(frames), 0.0
-            for old in worker.offer([Waiting(f, now, each) for f in frames], self.settings["queue_size"]):
+            before = {"assembling": inputs.busy_s / len(frames)}
+            if arrival.transport_s is not None:
+                before = {"transport": arrival.transport_s, **before}
+            inputs.busy_s = 0.0
+            new = [Waiting(frame, arrival.received_s, before) for frame in frames]
+            for old in worker.offer(new, self.settings["queue_size"]):
                 if not old.frame.keyframe:
                     self.statistics.skip(OVERTAKEN, 1)
                     continue
@@ -269,14 +303,16 @@ class MappingNode(ManagedNode):
             mapped = time.monotonic()
             outputs.publish_layers(local_map)
             end = time.monotonic()
-            before = {"assembling": waiting.assembling_s, "waiting": begin - waiting.received_s}
+            before = {**waiting.before_s, "waiting": begin - waiting.received_s}
             stages = {**before, **mapper.stages_s, "publishing": end - mapped}
             self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
-            outputs.publish_extras(local_map)
+            outputs.publish_extras(local_map, mapper.traversals)
             if end - self._prior_at_s > PRIOR_EVERY:
-                self._prior_size, self._prior_at_s = mapper.prior_size(), end
+                self._prior_at_s = end
+                with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
+                    self._prior = mapper.prior_state()
         except NmpError as exc:
             self._fail(REFUSED, str(exc))
         except Exception as exc:  # the node lives on: the next frame may be a better one
@@ -301,7 +337,8 @@ class MappingNode(ManagedNode):
             waiting=self.worker.waiting if self.worker else 0,
             silent=inputs.silent() if inputs else (),
             received=inputs.counts if inputs else {},
-            prior=self._prior_size,
+            prior=self._prior.counts if self._prior else {},
+            damage=self._prior.damage if self._prior else "",
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
         status = self._reports.make(condition, self.statistics, self.assembler)
@@ -337,6 +374,12 @@ class MappingNode(ManagedNode):
 
 def _path(text: str) -> Path | None:
     return Path(text).expanduser() if text else None
+
+
+def _close_late(made: Future[Mapper]) -> None:
+    """Release a mapper that nobody waits for any more."""
+    with contextlib.suppress(Exception):
+        made.result().close()
 
 
 def _free_gpu() -> None:

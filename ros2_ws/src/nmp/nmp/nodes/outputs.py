@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
+from geometry_msgs.msg import PolygonStamped
 from nav_msgs.msg import OccupancyGrid
 from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
@@ -18,9 +19,9 @@ from visualization_msgs.msg import Marker, MarkerArray
 from nmp import topics
 from nmp.frame import CLASSES, LocalMap
 from nmp.nodes.city import CitySoFar
-from nmp.nodes.conversions import to_city_grids, to_image, to_markers, to_occupancy_grids
+from nmp.nodes.conversions import to_city_grids, to_footprint, to_image, to_markers, to_occupancy_grids
 from nmp.nodes.qos import profile
-from nmp.vectors.tracker import ElementTracker
+from nmp.vectors.tracker import ElementTracker, Traversals
 
 Draw = Callable[[LocalMap], NDArray[np.uint8]]
 
@@ -42,6 +43,7 @@ class Outputs:
         self._layers = {c: create(OccupancyGrid, topics.layer_topic(c), profile(topics.LATCHED)) for c in CLASSES}
         self._located = ""  # what was last said on the next
         self._location = create(String, topics.MAPPED_LOCATION, profile(topics.LATCHED))
+        self._footprint = create(PolygonStamped, topics.FOOTPRINT, profile(topics.LATCHED))
         self._picture = create(Image, topics.BEV, profile(topics.PICTURE))
         self._vectors = create(MarkerArray, topics.VECTORS, profile(topics.LATCHED)) if vectors else None
         self._period_s = city_period_s
@@ -49,7 +51,13 @@ class Outputs:
         self._city = {c: create(OccupancyGrid, topics.city_topic(c), profile(topics.LATCHED)) for c in names}
         self._so_far = CitySoFar()
         self._listeners, self._shown_s = 0, 0.0  # of ~/city; when it was last published, monotonic clock
-        self._publishers = [*self._layers.values(), *self._city.values(), self._location, self._picture]
+        self._publishers = [
+            *self._layers.values(),
+            *self._city.values(),
+            self._location,
+            self._footprint,
+            self._picture,
+        ]
         self._publishers += [self._vectors] if self._vectors else []
         self._tracker = ElementTracker()
         # Pictures take a second of imports: beside everything else, or the first frame would hold up those behind it.
@@ -58,7 +66,8 @@ class Outputs:
     @property
     def wanted(self) -> bool:
         """Whether anybody listens to what a frame gives."""
-        return any(p.get_subscription_count() for p in self._publishers if p is not self._location)
+        aside = (self._location, self._footprint)
+        return any(p.get_subscription_count() for p in self._publishers if p not in aside)
 
     def publish_layers(self, local_map: LocalMap) -> None:
         """Publish the layers, and the city where it is another than before."""
@@ -67,13 +76,14 @@ class Outputs:
             self._location.publish(String(data=self._located))
         for name, grid in to_occupancy_grids(local_map).items():
             self._layers[name].publish(grid)
+        self._footprint.publish(to_footprint(local_map))
 
-    def publish_extras(self, local_map: LocalMap) -> None:
+    def publish_extras(self, local_map: LocalMap, traversals: Traversals) -> None:
         """Publish picture, elements and city, where somebody listens."""
         if self._picture.get_subscription_count():
             self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
         if self._vectors is not None and self._vectors.get_subscription_count():
-            self._vectors.publish(to_markers(self._tracker.update(local_map)))
+            self._vectors.publish(to_markers(self._tracker.update(local_map, traversals)))
         if self._city:
             self._so_far.add(local_map)
             self._publish_city(local_map.stamp_ns)

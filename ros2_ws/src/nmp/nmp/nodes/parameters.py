@@ -1,4 +1,4 @@
-"""The parameters of ``mapping_node`` as data: declared to ROS by :mod:`nmp.nodes.settings`, listed in docs/node.md.
+"""The parameters of the nodes as data: declared to ROS by :mod:`nmp.nodes.settings`, listed in docs/node.md.
 
 Nothing here imports ROS.
 """
@@ -15,8 +15,12 @@ SILENT_AFTER = 2.0
 """a topic without messages for so long is reported, s of wall time"""
 REPORT_PERIOD = 1.0
 """time between two messages on /diagnostics, s of wall time"""
+LOAD_TIMEOUT, COMPILE_TIMEOUT = 60.0, 600.0
+"""longest wait until the network is loaded and the prior open, without and with ``compile``, s"""
 STOP_TIMEOUT = 30.0
 """longest wait for the network and the disk when the node is deactivated or ends, s"""
+LAUNCH_TIMEOUTS = dict.fromkeys(("sigterm_timeout", "sigkill_timeout"), str(STOP_TIMEOUT + 5.0))
+"""of every node in a launch file: launch would kill one that still saves after 10 s"""
 
 Value = bool | int | float | str | tuple[str, ...]
 
@@ -85,6 +89,35 @@ _GATES = (
     _gate("agreed_m", "Standard deviation of the pose search, m, at which the stored map ends a jump.", 0.0, 10.0),
     _gate("agreed_rad", "Standard deviation of the pose search, rad, at which the stored map ends a jump.", 0.0, 1.0),
 )
+
+
+def _at_start(name: str, default: Value, description: str, low: float = 0, high: float = 0) -> Parameter:
+    return Parameter(name, default, description, Change.NEVER, low=low, high=high)
+
+
+PLAYER = (
+    _at_start("bag", "", "Folder of the bag (or a .mcap or .db3 file) to play."),
+    _at_start("rate", 1.0, "Speed: 2.0 plays twice as fast.", 0.1, 10.0),
+    _at_start("loop", False, "Start again at the end."),
+    _at_start("start_paused", False, "Begin paused; go on through ~/pause."),
+    _at_start("clock", True, "Publish /clock, for nodes with use_sim_time."),
+    _at_start(
+        "wait_for_subscribers",
+        20.0,
+        "Longest wait, s, until every input of the mapping node has a subscriber; 0: play at once.",
+        0.0,
+        3600.0,
+    ),
+    _at_start("delay", 0.5, "Seconds between being ready and the first message.", 0.0, 3600.0),
+)
+"""of ``player_node``"""
+
+RECORDER = (
+    _at_start("out_dir", "", "Folder to write the layers to, one file per moment."),
+    _at_start("mapping_node", "mapping_node", "Name of the node whose layers are recorded."),
+    _at_start("location", "", "City; empty: taken from the mapping node."),
+)
+"""of ``recorder_node``"""
 
 PARAMETERS = (
     Parameter(
@@ -191,6 +224,7 @@ PARAMETERS = (
     ),
     *_GATES,
 )
+"""of ``mapping_node``"""
 
 PLATFORMS: dict[str, dict[str, Value]] = {
     "cpu": {"device": "cpu", "max_rate": 4.0},

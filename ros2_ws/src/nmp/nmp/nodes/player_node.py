@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rcl_interfaces.msg import FloatingPointRange, ParameterDescriptor
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
@@ -21,11 +20,16 @@ from nmp import topics
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
 from nmp.nodes.conversions import to_time
+from nmp.nodes.parameters import PLAYER
 from nmp.nodes.qos import profile
 from nmp.nodes.runtime import run_node
+from nmp.nodes.settings import declare
 
 CLOCK_PERIOD = 0.025
 """time between two /clock messages, s of wall time"""
+FAREWELL = 1.0
+"""from the last message to the end of the process, s: what others have not fetched by then from the memory that it
+shares with them is lost, and best-effort readers, as those of sensors, acknowledge nothing that could be waited for"""
 NS = 1e9
 
 
@@ -80,29 +84,19 @@ class PlayerNode(Node):
 
     def __init__(self, stop: threading.Event, **node_options: Any) -> None:
         super().__init__("player_node", **node_options)
-        text, number = self._parameter, self._number
-        path = text("bag", "", "Folder of the bag (or a .mcap or .db3 file) to play.")
-        rate = number("rate", 1.0, 0.1, 10.0, "Speed: 2.0 plays twice as fast.")
-        self.loop = text("loop", False, "Start again at the end.")
-        paused = text("start_paused", False, "Begin paused; go on through ~/pause.")
-        self.use_clock = text("clock", True, "Publish /clock, for nodes with use_sim_time.")
-        self.patience = number(
-            "wait_for_subscribers",
-            20.0,
-            0.0,
-            3600.0,
-            "Longest wait, in seconds, until every input of the mapping node has a subscriber; 0: play at once.",
-        )
-        self.delay = number("delay", 0.5, 0.0, 3600.0, "Seconds between being ready and the first message.")
+        given = declare(self, PLAYER)
+        path, self.loop, self.use_clock = given["bag"], given["loop"], given["clock"]
+        self.patience, self.delay = given["wait_for_subscribers"], given["delay"]
         if not path:
             raise NmpError("parameter 'bag' is empty: name the bag to play (-p bag:=FOLDER)")
         self.reader = BagReader(Path(path).expanduser())
         self.stop = stop
-        self.timeline = Timeline(rate, paused=paused)
+        self.timeline = Timeline(given["rate"], paused=given["start_paused"])
         self.played = 0
         self.worst_lag_s = 0.0
         """longest delay of a message against its plan, s of wall time"""
         self.failure: NmpError | None = None
+        self._over = False  # everything was played
         self.reader.__enter__()
         self._outputs: dict[str, Publisher] = {}
         for topic in self.reader.topics.values():
@@ -119,15 +113,6 @@ class PlayerNode(Node):
         self._thread = threading.Thread(target=self._run, name="player", daemon=True)
         self._thread.start()
 
-    def _parameter(self, name: str, default: Any, description: str) -> Any:
-        descriptor = ParameterDescriptor(description=description, read_only=True)
-        return self.declare_parameter(name, default, descriptor).value
-
-    def _number(self, name: str, default: float, low: float, high: float, description: str) -> float:
-        bounds = FloatingPointRange(from_value=low, to_value=high, step=0.0)
-        descriptor = ParameterDescriptor(description=description, read_only=True, floating_point_range=[bounds])
-        return float(self.declare_parameter(name, default, descriptor).value)
-
     def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self.timeline.pause(bool(request.data))
         response.success = True
@@ -141,6 +126,7 @@ class PlayerNode(Node):
             while not self.stop.is_set():
                 self._play_once()
                 if not self.loop:
+                    self._over = not self.stop.is_set()
                     break
         except NmpError as exc:
             self.failure = exc
@@ -198,6 +184,8 @@ class PlayerNode(Node):
         """End the playback and return the exit code."""
         self.stop.set()
         self._thread.join(timeout=10.0)
+        if self._over:
+            time.sleep(FAREWELL)
         self.reader.__exit__(None, None, None)
         if self.failure is not None:
             raise self.failure

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from nmp import topics
+from nmp.frame import CAMERAS
 from nmp.nodes import interface
 
 VERSION = "0.2.0"
@@ -42,7 +43,11 @@ def rights() -> tuple[Rights, ...]:
     """Return the rights of the nodes with default parameters."""
     served = tuple(f"~/{name}" for name in (*_PARAMETERS, *_PARAMETERS_SET, "get_type_description"))
     inputs = tuple(topic.name for topic in interface.inputs())
-    layers = tuple(t.name.replace("~", "mapping_node") for t in interface.OUTPUTS if t.name in _recorded())
+    recorded = tuple(_of_mapping(topic.name) for topic in interface.OUTPUTS if topic.name in _recorded())
+    # a page draws the layers and the car itself
+    own = (topics.BEV, topics.FOOTPRINT)
+    shown = tuple(_of_mapping(topic.name) for topic in interface.OUTPUTS if topic.name not in own)
+    watched = (*(topics.image_topic(name) for name in CAMERAS), topics.ODOM, topics.TF_STATIC)
     return (
         Rights(
             "mapping_node",
@@ -51,7 +56,8 @@ def rights() -> tuple[Rights, ...]:
             (*(service.name for service in interface.SERVICES), *(f"~/{name}" for name in _LIFECYCLE), *served),
         ),
         Rights("player_node", (*inputs, topics.TF, topics.CLOCK, *_EVERY_NODE), (), ("~/pause", *served)),
-        Rights("recorder_node", _EVERY_NODE, (*layers, topics.CLOCK), served),
+        Rights("recorder_node", _EVERY_NODE, (*recorded, topics.CLOCK), served),
+        Rights("viewer_node", _EVERY_NODE, (*shown, *watched), served),
     )
 
 
@@ -82,6 +88,11 @@ def _list(profile: ElementTree.Element, kind: str, right: str, names: Iterable[s
 def _expression(name: str) -> str:
     """Return a name as policies have it: ``~name`` below the node, else relative to the namespace."""
     return name.replace("~/", "~").lstrip("/")
+
+
+def _of_mapping(name: str) -> str:
+    """Return the name that a topic of the mapping node has for others."""
+    return name.replace("~", "mapping_node")
 
 
 def _recorded() -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from nav_msgs.msg import OccupancyGrid
-from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.node import Node
 from std_msgs.msg import String
 
@@ -20,8 +19,10 @@ from nmp.frame import CLASSES
 from nmp.grids import from_occupancy_grids
 from nmp.layers import LayerWriter
 from nmp.nodes.conversions import to_ns
+from nmp.nodes.parameters import RECORDER
 from nmp.nodes.qos import profile
 from nmp.nodes.runtime import run_node
+from nmp.nodes.settings import declare
 
 LAYERS_IN = topics.TopicQos(depth=100)
 """Reliable and deep: eight seconds at 12 Hz. Not latched: what was mapped before the start is not asked for."""
@@ -34,9 +35,8 @@ class RecorderNode(Node):
 
     def __init__(self, stop: threading.Event, **node_options: Any) -> None:
         super().__init__("recorder_node", **node_options)
-        out_dir = self._parameter("out_dir", "", "Folder to write the layers to, one file per moment.")
-        source = self._parameter("mapping_node", "mapping_node", "Name of the node whose layers are recorded.")
-        self.location = self._parameter("location", "", "City; empty: taken from the mapping node.")
+        given = declare(self, RECORDER)
+        out_dir, source, self.location = given["out_dir"], given["mapping_node"], given["location"]
         if not out_dir:
             raise NmpError("parameter 'out_dir' is empty: name a folder for the layers (-p out_dir:=FOLDER)")
         self.folder = Path(out_dir).expanduser()
@@ -52,10 +52,6 @@ class RecorderNode(Node):
         self.located = topics.MAPPED_LOCATION.replace("~", source)
         if not self.location:
             self.create_subscription(String, self.located, self._on_location, profile(topics.LATCHED))
-
-    def _parameter(self, name: str, default: str, description: str) -> str:
-        descriptor = ParameterDescriptor(description=description, read_only=True)
-        return str(self.declare_parameter(name, default, descriptor).value)
 
     def _on_location(self, msg: String) -> None:
         self.location = msg.data

@@ -10,8 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nmp import assembly
+from nmp.messages import CHANNELS
 from nmp.nodes import interface
-from nmp.nodes.parameters import PARAMETERS, PLATFORMS, SILENT_AFTER, STOP_TIMEOUT, Parameter, Value
+from nmp.nodes.parameters import (
+    COMPILE_TIMEOUT,
+    LOAD_TIMEOUT,
+    PARAMETERS,
+    PLATFORMS,
+    PLAYER,
+    RECORDER,
+    SILENT_AFTER,
+    STOP_TIMEOUT,
+    Parameter,
+    Value,
+)
 from nmp.nodes.policy import policy
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -23,11 +35,11 @@ _INTRODUCTION = """\
 
 <!-- made by python -m nmp.nodes.reference: change the declarations in nmp/nodes, not this page -->
 
-A lifecycle node. `configure` loads the network and opens the prior; `activate` listens and maps; `deactivate` saves the
-prior, commits the drive and frees the memory of the GPU; `cleanup` lets go of the rest. With `autostart` (the default)
-it does the first two by itself. A transition that cannot be made says why on `/diagnostics` and in the log, and leaves
-the state as it was; one that breaks halfway releases everything, and the node is unconfigured. After `shutdown` the
-process ends.
+A lifecycle node. `configure` loads the network and opens the prior, also the city where the parameter `location` names
+it (else the first frame waits 0.4 s for that); `activate` listens and maps; `deactivate` saves the prior, commits the
+drive and frees the memory of the GPU; `cleanup` lets go of the rest. With `autostart` (the default) it does the first
+two by itself. A transition that cannot be made says why on `/diagnostics` and in the log, and leaves the state as it
+was; one that breaks halfway releases everything, and the node is unconfigured. After `shutdown` the process ends.
 
 ```bash
 ros2 run nmp mapping_node --ros-args --params-file $(ros2 pkg prefix nmp)/share/nmp/config/cpu.yaml -p autostart:=false
@@ -40,7 +52,11 @@ does not (a crash of a driver, the out-of-memory killer): it keeps a spare proce
 DDS, without the network. When the node is killed the spare maps on after about two seconds; what the node had not
 written yet (`flush_interval`) is lost. A node that was killed within 5 s of its start has no spare yet: it is started
 again at once, then after 1, 2, 4 ... 30 s. One that ends by itself is not started again. Both processes together take
-0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node.
+0.2 GB of memory more than the node alone. SIGINT and SIGTERM end all, with the exit code of the node; one more of them,
+2 s later, ends it without saving.
+
+While the prior of a city cannot be opened or read (a full disk, a store out of reach), the layers are those of the
+cameras alone, `/diagnostics` says why, and it is tried again every 3 s.
 
 Names are relative, so that namespaces and remapping work as usual; `~` is the name of the node.
 """
@@ -66,6 +82,18 @@ other frame is mapped if it is still the newest when the network has time; else 
 ("overtaken by a newer frame"). `max_rate` leaves images alone before a frame is made of them ("skipped: max_rate").
 Frames that are lost against the will of whoever set these are counted as dropped, by cause: "queue full" when more than
 `queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
+
+The latency on `/diagnostics` counts from the callback of a frame's last message to its published layers. What that
+message took from its publication until then, on the way and waiting for the node, is the stage `transport`, as far as
+the clocks of two computers agree. Each image waits in a queue of its camera: 30 of them, or 10 raw ones. With
+`--log-level mapping_node:=debug` a keyframe that was lost for want of a camera tells which images had come.
+"""
+
+_OTHERS = """\
+## The other nodes
+
+`player_node` plays a bag, as `ros2 bag play` does, once somebody listens. `recorder_node` writes the layers to a
+folder, for `nmp eval`. `viewer_node` has no parameters of its own: `nmp view --live` starts it ([view.md](view.md)).
 """
 
 _GATES = """\
@@ -82,10 +110,7 @@ def page() -> str:
         _INTRODUCTION,
         "## Parameters\n",
         "One file per platform shows them all: " + ", ".join(f"`config/{name}.yaml`" for name in PLATFORMS) + ".\n",
-        _table(
-            ("parameter", "type", "default", "range", "may change", "what"),
-            ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in PARAMETERS),
-        ),
+        _parameters(PARAMETERS),
         _CAMERAS,
         _FAST_CAMERAS,
         _GATES,
@@ -102,6 +127,11 @@ def page() -> str:
         *(_definition(s.type) for s in interface.SERVICES),
         "## Limits\n",
         _table(("what", "limit"), _limits()),
+        _OTHERS,
+        "### player_node\n",
+        _parameters(PLAYER),
+        "### recorder_node\n",
+        _parameters(RECORDER),
     ]
     return "\n".join(parts)
 
@@ -139,8 +169,9 @@ def _limits() -> list[list[str]]:
         ],
         ["poses that are kept", str(assembly.POSES_KEPT)],
         ["silence of a topic until it is reported", f"{SILENT_AFTER:g} s; with use_sim_time also of /clock"],
+        ["configuring: wait for weights and prior", f"{LOAD_TIMEOUT:g} s, with `compile` {COMPILE_TIMEOUT:g} s"],
         ["end, deactivation: wait for network and disk", f"{STOP_TIMEOUT:g} s"],
-        ["images", "rectified; JPEG, PNG, rgb8 or bgr8; of the size that camera_info says"],
+        ["images", f"rectified; JPEG, PNG, {', '.join(CHANNELS)}; of the size that camera_info says"],
         ["files that services name", "inside the folder of the prior, links followed"],
     ]
 
@@ -149,6 +180,11 @@ def _definition(kind: str) -> str:
     package, folder, name = kind.split("/")
     text = (PACKAGE.parents[1] / package / folder / f"{name}.srv").read_text(encoding="utf-8")
     return f"`{kind}`:\n\n```\n{text.rstrip()}\n```\n"
+
+
+def _parameters(parameters: Sequence[Parameter]) -> str:
+    rows = ([f"`{p.name}`", p.type, _default(p), _range(p), p.change.value, p.description] for p in parameters)
+    return _table(("parameter", "type", "default", "range", "may change", "what"), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

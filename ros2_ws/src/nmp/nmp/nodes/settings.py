@@ -63,6 +63,14 @@ class Settings:
             self._changed(set(values))
 
 
+def declare(node: Node, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """Declare parameters that do not change, and return their values.
+
+    Raises rclpy's ParameterException for one that cannot be used.
+    """
+    return {p.name: node.declare_parameter(p.name, p.default, descriptor_of(p)).value for p in parameters}
+
+
 def descriptor_of(parameter: Parameter) -> ParameterDescriptor:
     """Return what ROS is told of a parameter."""
     out = ParameterDescriptor(description=parameter.description, read_only=parameter.change is Change.NEVER)

@@ -15,7 +15,11 @@ RECENT = 100
 
 
 class RunStatistics:
-    """Counts of one run, from any thread. Latency runs from a frame's last message to its published layers, s."""
+    """Counts of one run, from any thread.
+
+    Latency runs from the callback of a frame's last message to its published layers, s. What that message took to get
+    there is the stage "transport".
+    """
 
     def __init__(self) -> None:
         self.received = 0

@@ -55,7 +55,8 @@ class ViewerNode(Node):
         transport = "raw" if raw else "compressed"
         for camera in CAMERAS:
             kind = Image if raw else CompressedImage
-            self._listen(kind, topics.image_topic(camera, transport), topics.SENSOR_IN, partial(self._on_image, camera))
+            topic = topics.image_topic(camera, transport)
+            self._listen(kind, topic, topics.image_qos(transport), partial(self._on_image, camera))
         self._listen(Odometry, topics.ODOM, topics.POSE_IN, self._on_pose)
         self._listen(TFMessage, topics.TF_STATIC, _STATIC, self._on_static)
         self._listen(DiagnosticArray, topics.DIAGNOSTICS, topics.TopicQos(depth=10), self._on_diagnostics)

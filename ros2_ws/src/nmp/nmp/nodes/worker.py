@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ class Waiting(NamedTuple):
 
     frame: Frame
     received_s: float
-    """when its last message came, monotonic clock"""
-    assembling_s: float
-    """time that its messages took in callbacks"""
+    """when the callback of its last message began, monotonic clock"""
+    before_s: Mapping[str, float]
+    """what came before the network, by stage: "transport" of its last message, "assembling", the time that its messages
+    took in callbacks"""
 
 
 class Worker:

@@ -24,7 +24,7 @@ class MapElement:
     frames: int
     """frames that saw it"""
     traversals: int | None = None
-    """visits that saw it, None where only one drive is known: see :mod:`nmp.vectors.raster`"""
+    """visits that saw it (:mod:`nmp.vectors.raster`); live, drives of the prior; None where only one drive is known"""
     evidence: float | None = None
     """mean evidence of the prior along it, None where only layers are known"""
 

@@ -7,11 +7,12 @@ all; near counts more than far. What is not found for a while keeps its number f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from shapely import affinity
 from shapely.geometry.base import BaseGeometry
@@ -29,6 +30,10 @@ SPACING_M = 1.0
 """elements are compared at points this far apart"""
 FORGET_S = 5.0
 """what was not found for so long is forgotten"""
+
+
+Traversals = Callable[[str, Array], NDArray[np.int64] | None]
+"""tells how many drives saw points [N, 2] (map frame, m) of a city; None where that is not known"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,12 @@ class ElementTracker:
         self._stamp_ns = 0
         self._next_id = 1
 
-    def update(self, local_map: LocalMap) -> Tracked:
+    def update(self, local_map: LocalMap, traversals: Traversals | None = None) -> Tracked:
         """Return the elements of the next frame, in the map frame.
 
         A stamp before the last one, or another city, ends everything known.
+
+        :param traversals: what the prior knows of a city
         """
         now = local_map.stamp_ns
         if local_map.location != self._location or now < self._stamp_ns:
@@ -81,6 +88,8 @@ class ElementTracker:
         for number, known in self._known.items():
             known.lost_ns = None if number in present else (known.lost_ns or now)
         gone = {i: k for i, k in (self._left | self._known).items() if k.lost_ns is not None}
+        if traversals is not None:
+            elements = _with_traversals(elements, lambda points: traversals(local_map.location, points))
         return Tracked(now, tuple(elements), tuple((k.element.name, i) for i, k in sorted(gone.items())))
 
     def _forget(self, now: int) -> None:
@@ -116,6 +125,18 @@ class ElementTracker:
         for new in out:
             self._known[new.id] = _Known(new)
         return out
+
+
+def _with_traversals(
+    elements: Sequence[MapElement], ask: Callable[[Array], NDArray[np.int64] | None]
+) -> list[MapElement]:
+    """Return elements with how many drives saw them (median along each); at least this one did."""
+    parts = [along(outline(element.geometry), SPACING_M) for element in elements]
+    counts = ask(np.concatenate(parts)) if parts else None
+    if counts is None:
+        return list(elements)
+    each = np.split(counts, np.cumsum([len(part) for part in parts])[:-1])
+    return [replace(e, traversals=max(int(np.median(seen)), 1)) for e, seen in zip(elements, each, strict=True)]
 
 
 def assign(new: Sequence[BaseGeometry], old: Sequence[BaseGeometry]) -> list[int | None]:

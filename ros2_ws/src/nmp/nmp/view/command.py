@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from nmp.errors import NmpError
 from nmp.evaluation import CityMaps
+from nmp.nodes.loopback import loopback
 from nmp.view.drive import RecordedDrive
 from nmp.view.find import Recording, find_recordings
 from nmp.view.folder import prepare_folder, write_pages
@@ -29,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BAG_OR_FOLDER",
         help="a bag and the layers that were made of it, or a folder that holds such, as out/demo",
     )
-    parser.add_argument("--live", action="store_true", help="look at a running node instead, over ROS 2 topics")
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="look at a running node of this machine instead, over ROS 2 topics",
+    )
     parser.add_argument("--node", default="mapping_node", help="its name, with --live (default: %(default)s)")
     parser.add_argument("--raw", action="store_true", help="its cameras publish raw images, with --live")
     parser.add_argument(
@@ -168,6 +174,7 @@ def _write_mcap(drive: RecordedDrive, path: Path) -> None:
 
 
 def _live(args: argparse.Namespace, port: int) -> None:
+    os.environ.update(loopback(os.environ))
     try:
         from nmp.nodes.viewer_node import listening
     except ImportError as error:

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from nmp.draw import CAR_LENGTH, CAR_WIDTH, CLASS_COLOURS, REAR_OVERHANG
+from nmp.draw import CLASS_COLOURS
 from nmp.errors import NmpError
 from nmp.evaluation import CityMaps
-from nmp.frame import CAMERAS, CLASSES
+from nmp.frame import CAMERAS, CAR_LENGTH, CAR_WIDTH, CLASSES, REAR_OVERHANG
 from nmp.geometry import Array, yaw_of
 from nmp.page import hex_colour, page_with
 from nmp.view.drive import RecordedDrive

@@ -1,0 +1,91 @@
+"""Listens to a mapping node from a process of its own, as a planner does: how long after a frame's publication are its
+layers there? Started by benchmarks/node.py; SIGINT or SIGTERM ends it, and it writes JSON to the file it was given.
+
+When a frame was published is told by the calibration of its last image, which every bag of nmp has just before that
+image: images themselves would be a load that nobody else has to carry.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nav_msgs.msg import OccupancyGrid
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, Image
+from visualization_msgs.msg import MarkerArray
+
+from nmp import topics
+from nmp.frame import CAMERAS, CLASSES
+from nmp.messages import stamp_of_cdr
+from nmp.nodes.qos import profile
+from nmp.nodes.recorder_node import LAYERS_IN
+from nmp.nodes.runtime import run_node
+
+SPREAD_NS = 100_000_000
+KEPT = 60
+"""calibrations of a camera, and moments of which a layer is missing, that are remembered"""
+
+
+class Listener(Node):
+    """Notes when calibrations were published, and when layers came."""
+
+    def __init__(self, out: Path, stop: threading.Event) -> None:
+        super().__init__("listener")
+        self._out = out
+        self._sent: defaultdict[str, deque[tuple[int, int]]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._parts: dict[int, set[str]] = {}
+        self._seconds: list[float] = []
+        self._counts: Counter[str] = Counter()
+        for camera in CAMERAS:
+            take = partial(self._on_info, camera)
+            qos = profile(topics.SENSOR_IN)
+            self.create_subscription(CameraInfo, topics.camera_info_topic(camera), take, qos, raw=True)
+        for name in CLASSES:
+            self._listen(OccupancyGrid, topics.layer_topic(name), LAYERS_IN, partial(self._on_layer, name))
+            self._listen(OccupancyGrid, topics.city_topic(name), topics.LATCHED)
+        self._listen(MarkerArray, topics.VECTORS, topics.LATCHED)
+        self._listen(Image, topics.BEV, topics.PICTURE)
+
+    def _listen(self, kind: type, topic: str, qos: topics.TopicQos, take: Any = None) -> None:
+        def on_message(data: bytes) -> None:
+            self._counts[topic] += 1
+            if take is not None:
+                take(data)
+
+        self.create_subscription(kind, topic.replace("~", "mapping_node"), on_message, profile(qos), raw=True)
+
+    def _on_info(self, camera: str, data: bytes, info: dict[str, int]) -> None:
+        self._sent[camera].append((stamp_of_cdr(data), info["source_timestamp"]))
+
+    def _on_layer(self, name: str, data: bytes) -> None:
+        now, stamp = time.time_ns(), stamp_of_cdr(data)
+        parts = self._parts.setdefault(stamp, set())
+        parts.add(name)
+        while len(self._parts) > KEPT:
+            del self._parts[next(iter(self._parts))]
+        if len(parts) < len(CLASSES):
+            return
+        del self._parts[stamp]
+        # of each camera the calibration nearest to the moment; in a loop the newest of those that are equally near
+        near = [min(reversed(sent), key=lambda s: abs(s[0] - stamp)) for sent in self._sent.values() if sent]
+        if len(near) == len(CAMERAS) and all(abs(s - stamp) < SPREAD_NS for s, _ in near):
+            self._seconds.append((now - max(published for _, published in near)) / 1e9)
+
+    def shutdown(self) -> int:
+        """Write what was heard."""
+        percentiles = zip(("median", "p95", "p99", "max"), (50, 95, 99, 100), strict=True)
+        told = {f"{n}_s": round(float(np.percentile(self._seconds, p)), 4) for n, p in percentiles if self._seconds}
+        self._out.write_text(json.dumps({"frames": len(self._seconds), **told, "messages": dict(self._counts)}))
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_node(partial(Listener, Path(sys.argv.pop(1)))))
