@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from nmp.prior import ledger as books
 from nmp.prior.cells import FIELD_PLANES, Cells, fold, to_planes
 from nmp.prior.coding import Coding, pack
 from nmp.prior.drive import Tile, open_planes
-from nmp.prior.ledger import Ledger
+from nmp.prior.ledger import Ledger, State
 from nmp.prior.record import checked
 from nmp.prior.storage import Storage
-from nmp.prior.tiles import TILE
+from nmp.prior.tiles import TILE, Key
 from nmp.prior.tileset import TileSet
 
 CITY = "boston-seaport"
@@ -678,17 +678,55 @@ def test_the_command_says_what_is_wrong(
 # -- ahead of the car ---------------------------------------------------------------------------------------
 
 
-def test_prefetch_brings_in_what_lies_ahead(tmp_path: Path) -> None:
+def test_prefetch_brings_in_what_lies_ahead_in_the_order_in_which_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = np.ones((3, 1, 1), np.int8), np.ones((1, 1), np.uint16)
     with CityPrior.open(tmp_path, CITY, SPEC) as prior:
         for tile in range(-8, 9):
             prior.write(Window(0, tile * TILE, 1, 1), *one, SECOND)
+    loaded: list[int] = []
+    load = State.load
+
+    def spy(state: State, keys: Iterable[Key]) -> dict[Key, Cells]:
+        found = load(state, keys)
+        loaded.extend(col for _, col in found)
+        return found
+
+    monkeypatch.setattr(State, "load", spy)
     with CityPrior.open(tmp_path, CITY, SPEC, read_only=True) as prior:
-        prior.prefetch(0.0, 0.0, 0.0)
-        deadline = time.monotonic() + 5
-        while prior.statistics()["resident_tiles"] < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert 4 <= prior.statistics()["resident_tiles"] <= 6
-        assert prior.read(Window(0, 0, 1, 6 * TILE))[1].sum() == 6
+        prior.read(Window(0, 0, 1, TILE))
+        for x, heading, seen in ((0.0, 0.0, [0, -1, 1, 2, 3, 4]), (-9.0, np.pi, [-2, -3, -4, -5, -6])):
+            loaded.clear() if x else None
+            prior.prefetch(x, 0.0, heading)
+            deadline = time.monotonic() + 5
+            while len(loaded) < len(seen) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert loaded == seen
+        assert prior.read(Window(0, 0, 1, 5 * TILE))[1].sum() == 5 and len(loaded) == 5, "all in memory"
         with pytest.raises(NmpError, match="not finite"):
             prior.prefetch(float("nan"), 0.0, 0.0)
+
+
+def test_a_drive_that_goes_on_reads_from_memory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the first window is there, what a car comes to was folded in the background."""
+    for seed in range(3):
+        drive(tmp_path, seed, CODED)
+    waited_for: list[Key] = []
+    load = CityPrior._load
+
+    def spy(prior: CityPrior, keys: list[Key]) -> dict[Key, Tile]:
+        found = load(prior, keys)
+        waited_for.extend(found)
+        return found
+
+    monkeypatch.setattr(CityPrior, "_load", spy)
+    with CityPrior.open(tmp_path, CITY, CODED) as prior:
+        places = set(map(tuple, prior.places().tolist()))
+        for x in range(-60, 60, 2):
+            prior.prefetch(x, 0.0, 0.0)
+            prior.read(Window.around(x, 0.0, 0.3, 100, 100))
+            if x == -60:
+                waited_for.clear()
+            time.sleep(0.02)
+    assert len(places) > 8 and not waited_for

@@ -349,16 +349,25 @@ class State:
         cols = (packed & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
         return np.stack([packed >> 32, cols.astype(np.int64)], axis=1)
 
+    def existing(self, keys: list[Key]) -> list[Key]:
+        """Return those of the tiles that exist, in their order."""
+        return [key for key, start, stop in self._parts(keys) if start < stop]
+
+    def _parts(self, keys: list[Key]) -> Iterator[tuple[Key, int, int]]:
+        """Return tiles with where their parts begin and end in the list of all."""
+        corners = np.array(keys, np.int64).reshape(-1, 2)
+        packed = _pack(corners[:, 0], corners[:, 1])
+        first, last = (np.searchsorted(self._keys, packed, side).tolist() for side in ("left", "right"))
+        return zip(keys, first, last, strict=True)
+
     def load(self, keys: Iterable[Key]) -> dict[Key, Cells]:
         """Return those of the tiles that exist. Damaged parts count as unknown, and are reported.
 
         Raises :class:`NmpError` when something cannot be read.
         """
         wanted: dict[int, dict[Key, int]] = {}
-        for key in keys:
-            packed = _pack(np.array(key[0]), np.array(key[1]))
-            start, stop = np.searchsorted(self._keys, packed), np.searchsorted(self._keys, packed, "right")
-            for at in range(int(start), int(stop)):
+        for key, start, stop in self._parts(list(keys)):
+            for at in range(start, stop):
                 wanted.setdefault(int(self._source[at]), {})[key] = int(self._digest[at])
         found: dict[Key, Cells] = {}
         for number in sorted(wanted):
