@@ -27,7 +27,7 @@ from nmp.prior.cells import FIELD_PLANES, Cells, fold, to_planes
 from nmp.prior.coding import Coding, pack
 from nmp.prior.drive import Tile, open_planes
 from nmp.prior.ledger import Ledger, State
-from nmp.prior.record import checked
+from nmp.prior.record import checked, name_of
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import TILE, Key
 from nmp.prior.tileset import TileSet
@@ -284,6 +284,62 @@ def _format_1(tile: Tile) -> NDArray[np.uint8]:
     planes = np.moveaxis(sums.astype("<i4").view(np.uint8).reshape(-1, TILE, TILE, 4)[..., :3], -1, 0)
     weight = to_planes(tile.weight.astype("<u2"))
     return np.concatenate([cells.pack(), tile.touched[None].view(np.uint8), weight, *planes])
+
+
+def test_a_crashed_drive_of_a_newer_version_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It would be read as if it were laid out as now, and its tiles put aside as corrupt."""
+    prior = CityPrior.open(tmp_path / "crashed", CITY, SPEC, flush_interval_s=1e6)
+    prior.write(Window(0, 0, 5, 5), np.ones((3, 5, 5), np.int8), np.ones((5, 5), np.uint16), SECOND)
+    prior.flush()
+    shutil.copytree(tmp_path / "crashed" / CITY, tmp_path / "now" / CITY)
+    prior.close()
+    session = next((tmp_path / "now" / CITY / "open").glob("*/session.json"))
+    content_now = session.read_bytes()
+    values = json.loads(content_now)
+    session.write_bytes(checked({**{k: v for k, v in values.items() if k != "sha256"}, "format": 3}))
+    before = files(tmp_path / "now")
+    with caplog.at_level(logging.WARNING):
+        CityPrior.open(tmp_path / "now", CITY, SPEC).close()
+    assert "has format 3, this nmp reads up to 2: update nmp" in caplog.text
+    assert files(tmp_path / "now") == before and not ledger(tmp_path / "now").drives()
+    session.write_bytes(content_now)
+    CityPrior.open(tmp_path / "now", CITY, SPEC).close()
+    assert len(ledger(tmp_path / "now").drives()) == 1
+
+
+@pytest.mark.parametrize("what", ["drive", "base", "city"])
+def test_records_of_a_newer_version_are_refused_and_stay(tmp_path: Path, what: str) -> None:
+    drive(tmp_path, 1, day=0)
+    if what == "base":
+        upkeep.compact(ledger(tmp_path))
+    drive(tmp_path, 2, day=1)
+    city = tmp_path / CITY
+    if what == "city":
+        values = json.loads((city / "city.json").read_text())
+        (city / "city.json").write_bytes(checked({**{k: v for k, v in values.items() if k != "sha256"}, "format": 9}))
+    else:
+        record = next(city.glob("commits/*.json" if what == "drive" else "bases/*/record.json"))
+        raw = record.read_bytes().replace(b'"format": 2', b'"format": 3')
+        name = name_of(raw)
+        if what == "drive":
+            (city / "commits" / f"{name}.json").write_bytes(raw)
+        else:
+            record.parent.rename(city / "bases" / name)
+            for copy in ("record.json", "2.record.json"):
+                (city / "bases" / name / copy).write_bytes(raw)
+            ledger(tmp_path).change_head(lambda head: replace(head, base=name))
+    before = files(tmp_path)
+    for action in (
+        lambda: CityPrior.open(tmp_path, CITY, SPEC),
+        lambda: upkeep.verify(ledger(tmp_path), repair=True),
+        lambda: upkeep.compact(ledger(tmp_path)),
+    ):
+        with pytest.raises(NmpError, match="has format [39], this nmp reads up to [24]: update nmp"):
+            action()
+    if what == "city":
+        with pytest.raises(NmpError, match="update nmp"):
+            upkeep.mend_city(Storage(city))
+    assert files(tmp_path) == before
 
 
 def test_a_crashed_drive_without_any_intact_tile_adds_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
 from nmp.prior.cells import Cells
 from nmp.prior.coding import Coding
-from nmp.prior.record import Record, check_spec, checked, unchecked
+from nmp.prior.record import Newer, Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import SHARD, Planes, TileSet, batches
@@ -135,7 +135,8 @@ class Ledger:
     def drives(self) -> list[Record]:
         """Return the records of all drives that are not inside the base, in the order in which they are folded.
 
-        A damaged record is reported once, put aside, and not in the list; ``verify --repair`` brings it back.
+        A damaged record is reported once, put aside, and not in the list; ``verify --repair`` brings it back. Raises
+        :class:`NmpError` for one of a newer format: without it the state would be another one.
         """
         base = self.base()
         inside = set(base.drives + base.dropped) if base else set()
@@ -186,6 +187,8 @@ class Ledger:
             return None
         try:
             return Record.from_bytes(content, drive)
+        except Newer:
+            raise
         except (ValueError, KeyError, TypeError, NmpError) as error:
             if folder == COMMITS and self.read_only:
                 self._damaged.add(drive)
@@ -436,7 +439,7 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec, int]:
     try:
         version = json.loads(raw or b"")["format"]
         if isinstance(version, int) and version > FORMAT:
-            raise NmpError(f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT}: update nmp")
+            raise Newer(f"prior in {storage.name}", version, FORMAT)
         values = unchecked(raw or b"")
         if version not in range(2, FORMAT + 1):
             raise ValueError(f"format {version!r} never existed")

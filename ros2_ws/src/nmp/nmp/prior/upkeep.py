@@ -35,7 +35,7 @@ from nmp.prior.ledger import (
     save,
     with_left_out,
 )
-from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
+from nmp.prior.record import Newer, Record, check_spec, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import Planes, TileSet, batches
@@ -463,11 +463,13 @@ def _rebuilt(ledger: Ledger, base: Record, key: Key) -> Cells | None:
 def mend_city(storage: Storage) -> bool:
     """Write a damaged city.json again, from any record; tell whether that was needed.
 
-    Raises :class:`NmpError` when there is no record to take it from.
+    Raises :class:`NmpError` when there is no record to take it from, or the city is of a newer format.
     """
     try:
         Ledger.open(storage)
         return False
+    except Newer:
+        raise
     except NmpError:
         raw = storage.get(CITY)
         names = [f"{COMMITS}/{n}" for n in storage.below(COMMITS).keys() if n.endswith(".json")]
