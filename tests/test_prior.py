@@ -24,7 +24,7 @@ from nmp.prior import CityPrior, PriorSpec, Window, ledger, upkeep
 from nmp.prior.cells import Cells, decode, encode, on_grid
 from nmp.prior.drive import Tile
 from nmp.prior.ledger import Ledger
-from nmp.prior.record import checked, unchecked
+from nmp.prior.record import Record, checked, tile_table, unchecked
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import ORIGIN, TILE, blocks
 
@@ -248,11 +248,33 @@ def test_extent_and_statistics(tmp_path: Path) -> None:
         assert prior.extent() == Window(-64, 0, 256, 64)
         assert prior.statistics()["dirty_tiles"] == prior.statistics()["tiles"] == 2
         prior.flush()
-        found = prior.statistics()
-        files = [p for p in (tmp_path / CITY).rglob("*") if p.is_file()]
-        assert found["dirty_tiles"] == 0 and found["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+        assert prior.statistics()["dirty_tiles"] == 0 and prior.statistics()["tiles"] == 2
     with opened(tmp_path, read_only=True) as prior:
         assert prior.extent() == Window(-64, 0, 256, 64) and prior.statistics()["resident_tiles"] == 0
+
+
+def test_statistics_of_a_large_city_look_at_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for every few seconds, between two frames."""
+    opened(tmp_path).close()
+    for seed in range(2):  # both drives were at the same places
+        rows = [(row, col, 4096, seed) for row in range(-300, 300) for col in range(500)]
+        record = Record(CITY, SPEC, f"car {seed}", SECOND, SECOND, tile_table(rows))
+        Storage(tmp_path / CITY).put(f"commits/{record.id}.json", record.to_bytes())
+    with opened(tmp_path) as prior:
+        one = np.ones((SPEC.channels, 1, 1), np.int8), np.ones((1, 1), np.uint16)
+        prior.write(Window(400 * TILE, 0, 1, 1), *one, SECOND)
+        with monkeypatch.context() as patch:
+            for owner, name in ((Storage, "get"), (Storage, "keys"), (Storage, "size"), (os, "walk"), (os, "stat")):
+                patch.setattr(owner, name, lambda *_: pytest.fail("something stored was looked at"))
+            begin = time.thread_time()
+            found = prior.statistics()
+            assert time.thread_time() - begin < 0.01
+        assert (found["tiles"], found["resident_tiles"], found["damaged_tiles"]) == (300_001, 1, 0)
+        assert not prior.damage
+        prior.read(Window(0, 0, 1, 1))  # the files of these tiles were never there
+        assert prior.statistics()["damaged_tiles"] == 2 and prior.damage.startswith("tile (0, 0) of ")
+        assert "has vanished" in prior.damage
+        prior.discard()
 
 
 def test_results_do_not_depend_on_eviction_or_saving(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ class CityPrior:
         self._ledger = ledger
         self._state = State(ledger, ledger.active()) if ledger is not None else None
         self._drive = drive
+        self._created: set[Key] = set()
+        """tiles of the own drive that no drive before had"""
         self._cache = TileCache(limit)
         # the other half is for tiles that can be dropped at once
         self._dirty_limit = limit // 2
@@ -227,6 +229,8 @@ class CityPrior:
                 if tile is None:
                     tile = Tile(Cells(self.spec.channels), self.spec)
                     self._cache.put(block.key, tile)
+                    if self._state is not None and not self._state.existing([block.key]):
+                        self._created.add(block.key)
                 rows, cols = block.in_window
                 values = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
                 tile.store(block.in_tile, *values)
@@ -250,16 +254,24 @@ class CityPrior:
         return self._state.places() if self._state is not None else np.empty((0, 2), np.int64)
 
     def statistics(self) -> dict[str, int]:
-        """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
+        """Return counts of tiles (all, resident, dirty = unsaved, damaged) and of bytes (resident).
+
+        However large the city is, this looks at nothing that is stored: it may be asked for while frames are mapped.
+        """
         self._check_open()
         with self._guard:
             return {
-                "tiles": len(self._keys()),
+                "tiles": (len(self._state) if self._state is not None else 0) + len(self._created),
                 "resident_tiles": len(self._cache),
                 "dirty_tiles": len(self._cache.dirty),
+                "damaged_tiles": self._ledger.damaged_tiles if self._ledger is not None else 0,
                 "resident_bytes": self._cache.resident_bytes,
-                "bytes_on_disk": self._ledger.storage.size() if self._ledger else 0,
             }
+
+    @property
+    def damage(self) -> str:
+        """What was wrong with the tile that was found damaged last, and where it lies; empty when none was."""
+        return self._ledger.last_damage if self._ledger is not None else ""
 
     def flush(self) -> None:
         """Save every change made so far; it is synced to disk when this returns.
@@ -368,6 +380,7 @@ class CityPrior:
             return _loaded(self._state, keys)
         except Compacted:
             self._state = State(self._ledger, self._ledger.active())
+            self._created -= set(self._state.existing(list(self._created)))
             return _loaded(self._state, keys)
 
     def _fetch_ahead(self) -> None:

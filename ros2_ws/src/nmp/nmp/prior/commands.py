@@ -233,7 +233,8 @@ def _compact(args: argparse.Namespace) -> None:
         print("nothing to compact")
         return
     after = ledger.storage.size()
-    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives: {before / 1e6:.2f} MB became {after / 1e6:.2f} MB")
+    sizes = f": {before / 1e6:.2f} MB became {after / 1e6:.2f} MB" if before is not None and after is not None else ""
+    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives{sizes}")
 
 
 def _render(args: argparse.Namespace) -> None:

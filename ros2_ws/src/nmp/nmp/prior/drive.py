@@ -286,7 +286,7 @@ class OpenDrive:
             blob = self._tiles.blob(key)
             aside = "" if reason == "vanished" else self._tiles.storage.put_aside(blob)
             what = "has vanished" if reason == "vanished" else f"is corrupt ({reason}), kept as {aside}"
-            self.ledger.tell(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
+            self.ledger.tell_tile(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
 
         wanted = [key for key in keys if key in self.saved]
         return {key: self._unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}

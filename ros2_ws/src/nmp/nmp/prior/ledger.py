@@ -68,6 +68,10 @@ class Ledger:
         self.spec = spec
         self.read_only = read_only
         self._told: set[str] = set()
+        self.damaged_tiles = 0
+        """tiles that were found damaged or gone so far"""
+        self.last_damage = ""
+        """what was wrong with the last of them"""
         self._damaged: set[str] = set()
         self._base: str | None = None
         """the base when :meth:`active` was asked"""
@@ -212,6 +216,13 @@ class Ledger:
             self._told.add(what)
             _log.warning("%s %s", what, problem)
 
+    def tell_tile(self, what: str, problem: str) -> None:
+        """Report a damaged tile, once, and count it."""
+        if what not in self._told:
+            self.damaged_tiles += 1
+            self.last_damage = f"{what} {problem}"
+        self.tell(what, problem)
+
     # -- tiles ------------------------------------------------------------------------------------------------
 
     def folder_of(self, record: Record) -> str:
@@ -241,7 +252,7 @@ class Ledger:
             # what shares a file with others stays where it is until that is mended
             leave = self.read_only or reason == "vanished" or tiles.shard > 1
             aside = "" if leave else tiles.storage.put_aside(blob)
-            self.tell(
+            self.tell_tile(
                 f"tile {key} of {record.id[:12]}",
                 ("has vanished" if reason == "vanished" else f"is corrupt ({reason})")
                 + f" and counts as unknown: {tiles.storage.name}/{blob}"
@@ -341,6 +352,11 @@ class State:
         self._keys = self._keys[order]
         self._source = np.concatenate([*sources, np.empty(0, np.int32)])[order]
         self._digest = np.concatenate([*digests, np.empty(0, np.uint64)])[order]
+        self._count = int((np.diff(self._keys) != 0).sum()) + bool(len(self._keys))
+
+    def __len__(self) -> int:
+        """Return how many tiles there are."""
+        return self._count
 
     def keys(self) -> set[Key]:
         """Return all tiles."""

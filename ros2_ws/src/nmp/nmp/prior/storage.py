@@ -184,10 +184,10 @@ class Storage:
             self.delete(key)
         return aside
 
-    def size(self) -> int:
-        """Return the bytes of all blobs below."""
+    def size(self) -> int | None:
+        """Return the bytes of all blobs below; None behind a URL, where only reading them would tell."""
         if self.local is None:
-            return sum(len(self.get(key) or b"") for key in self.keys())
+            return None
         total = 0
         for folder, _, files in os.walk(self.local):
             for name in files:
