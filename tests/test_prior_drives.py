@@ -180,6 +180,31 @@ def test_the_order_of_merging_makes_no_difference(tmp_path: Path, seed: int, nam
         assert other[0] == results[0][0] and same(other[1], results[0][1])
 
 
+def test_a_drive_that_comes_late_is_merged_exactly_within_the_horizon_and_told_of_beyond_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in (0, 1, 5, 10):
+        drive(tmp_path / f"car-{day}", day, day=day)
+    for day in (10, 0):
+        merge(tmp_path / "early", tmp_path / f"car-{day}")
+    assert "holds 1 drives" in run(capsys, "compact", tmp_path / "early" / CITY)
+    # of day 5: newer than what was folded
+    assert merge(tmp_path / "early", tmp_path / "car-5").late == []
+    for day in (0, 5, 10):
+        merge(tmp_path / "never", tmp_path / f"car-{day}")
+    assert same(content(tmp_path / "early"), content(tmp_path / "never"))
+    # of day 1, where days 0 to 5 were folded
+    assert "holds 2 drives" in run(capsys, "compact", tmp_path / "early" / CITY, "--older-than", 4)
+    late = ledger(tmp_path / "car-1").drives()[0].id
+    told = run(capsys, "merge", tmp_path / "early" / CITY, tmp_path / "car-1" / CITY)
+    assert "1 drives are older than the base" in told and late[:12] in told
+    # a copy that takes the base over has an older drive of its own
+    merge(tmp_path / "new", tmp_path / "car-1")
+    upkeep.leave_out(ledger(tmp_path / "early"), [late])
+    done = merge(tmp_path / "new", tmp_path / "early")
+    assert done.base and [record.id for record in done.late] == [late]
+
+
 def test_merging_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     drive(tmp_path / "a", 1)
     drive(tmp_path / "b", 2, PriorSpec(3, 0.3, "other", evidence_cap=4096))
@@ -693,8 +718,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run(capsys, "rollback", city, "--drop", ids[1])
     assert "0 drives came in" in run(capsys, "merge", city, tmp_path / "new" / CITY)
 
-    assert "holds 2 drives" in run(capsys, "compact", city)
-    assert "nothing to compact" in run(capsys, "compact", city)
+    assert "none 7 days older than the newest" in run(capsys, "compact", city)
+    assert "holds 2 drives" in run(capsys, "compact", city, "--older-than", 0)
+    assert "nothing to compact" in run(capsys, "compact", city, "--older-than", 0)
     run(capsys, "export", city, "--out", tmp_path / "base.zip")
     assert "and the base" in run(capsys, "import", tmp_path / "third" / CITY, tmp_path / "base.zip")
     assert same(content(tmp_path / "third"), content(tmp_path))

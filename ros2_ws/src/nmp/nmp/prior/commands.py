@@ -67,12 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evidence-cap", type=int, default=4096, metavar="N", help="format 1 into a new city (default: %(default)s)"
     )
 
-    merge = action("merge", "bring the drives of other copies into a city; their order makes no difference", _merge)
+    merge = action("merge", "bring the drives of other copies into a city, in any order", _merge)
     merge.add_argument("sources", nargs="+", metavar="SOURCE", help="folders or URLs of other copies of the city")
 
     compact = action("compact", "fold drives into the base, so that the size follows the road driven", _compact)
     compact.add_argument(
-        "--older-than", type=float, default=0.0, metavar="DAYS", help="only drives so much older than the newest one"
+        "--older-than",
+        type=float,
+        default=upkeep.HORIZON_DAYS,
+        metavar="DAYS",
+        help="only drives so much older than the newest one, as drives that are merged later should not be older than "
+        "those that were folded; 0 folds all (default: %(default)g)",
     )
     compact.add_argument("--keep", action="store_true", help="delete what was folded only at the next compaction")
 
@@ -220,6 +225,12 @@ def _merge_one(target: Storage, source: Ledger) -> None:
         done = upkeep.merge(target, source, step=step)
     base = " and the base" if done.base else ""
     print(f"{source.storage.name}: {len(done.drives)} drives{base} came in, {done.known} were known")
+    if done.late:
+        names = ", ".join(record.id[:SHORT] for record in done.late)
+        print(
+            f"{len(done.late)} drives are older than the base where they pass ({names}): they are folded on top of it, "
+            "so copies that were compacted at other times can differ by rounding"
+        )
 
 
 def _compact(args: argparse.Namespace) -> None:
@@ -230,7 +241,8 @@ def _compact(args: argparse.Namespace) -> None:
     with _progress(None, "tile", "compacting") as step:
         base = upkeep.compact(ledger, args.older_than, keep=args.keep, step=step)
     if base is None:
-        print("nothing to compact")
+        apart = len(ledger.drives())
+        print(f"nothing to compact: {apart} drives, none {args.older_than:g} days older than the newest (--older-than)")
         return
     after = ledger.storage.size()
     sizes = f": {before / 1e6:.2f} MB became {after / 1e6:.2f} MB" if before is not None and after is not None else ""

@@ -44,6 +44,8 @@ from nmp.prior.window import PriorSpec
 Step = Callable[[int], object]
 """is told how many more pieces of a long job are done"""
 _DAY_NS = 86_400 * 10**9
+HORIZON_DAYS = 7.0
+"""how long the command leaves drives apart, so that those of cars that come late are still merged exactly"""
 
 
 def _quiet(_: int) -> None:
@@ -147,13 +149,15 @@ class Merged(NamedTuple):
     """were there already"""
     base: bool
     """the base of the source was taken over"""
+    late: list[Record]
+    """those of the drives that are older than the base where they pass: see :func:`late_for`"""
 
 
 def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, step: Step = _quiet) -> Merged:
     """Bring the drives of one copy of a city into another, which is created where it is missing.
 
     Drives that the other one knows are left as they are; drives that the source leaves out stay there. Which of
-    several merges comes first makes no difference.
+    several merges comes first makes no difference, but for drives that are older than a base.
 
     :param only: ids of the drives to take; None for all, and the base
 
@@ -181,7 +185,21 @@ def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, s
                 _copy(source, target, record, step)
                 target.storage.put(f"{COMMITS}/{record.id}.json", record.to_bytes())
                 taken.append(record)
-    return Merged(taken, skipped, took_base)
+        base = target.base()
+        # under a base that was taken over, those that were there before may be older as well
+        late = late_for(base, target.drives() if took_base else taken) if base else []
+    return Merged(taken, skipped, took_base, late)
+
+
+def late_for(base: Record, drives: Iterable[Record]) -> list[Record]:
+    """Return the drives that are older than a base, where both were.
+
+    They would have been folded among the drives inside the base, and are now folded on top of them: a copy of the city
+    that was compacted later, or not at all, differs from this one by rounding and by where the cap acted. Of a base
+    only the time of its last frame is known.
+    """
+    places = set(digests(base))
+    return [drive for drive in drives if drive.first_ns < base.last_ns and not places.isdisjoint(digests(drive))]
 
 
 def _merge_base(target: Ledger, source: Ledger, step: Step) -> bool:
