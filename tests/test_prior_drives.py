@@ -460,15 +460,15 @@ def test_compaction_keeps_every_later_state(tmp_path: Path, kind: str) -> None:
         for seed in range(6):
             drive(tmp_path / name, seed, spec, day=seed)
             if name == "compact" and seed in (2, 4):
-                upkeep.compact(ledger(tmp_path / name), older_than_days=1)
+                upkeep.compact(ledger(tmp_path / name), older_than_days=1, keep=False)
     book = ledger(tmp_path / "compact")
     base = book.base()
     assert base is not None and len(base.drives) == 4 and len(book.drives()) == 2
     assert same(content(tmp_path / "plain", spec), content(tmp_path / "compact", spec))
-    upkeep.compact(book)
+    upkeep.compact(book, keep=False)
     assert same(content(tmp_path / "plain", spec), content(tmp_path / "compact", spec))
     # the same drives, compacted at once: the same bytes
-    upkeep.compact(ledger(tmp_path / "plain"))
+    upkeep.compact(ledger(tmp_path / "plain"), keep=False)
     assert files(tmp_path / "plain") == files(tmp_path / "compact")
     assert not list((tmp_path / "plain" / CITY / "drives").iterdir())
 
@@ -502,7 +502,7 @@ def test_a_reader_follows_a_compaction(tmp_path: Path, caplog: pytest.LogCapture
         drive(tmp_path, seed)
     before = content(tmp_path)
     with CityPrior.open(tmp_path, CITY, SPEC) as prior, caplog.at_level(logging.WARNING):
-        upkeep.compact(ledger(tmp_path))
+        upkeep.compact(ledger(tmp_path), keep=False)
         assert same([*prior.read(AREA)], before[:2])
     assert not caplog.records
 
@@ -518,10 +518,10 @@ def test_a_compaction_that_was_interrupted_changes_nothing(tmp_path: Path, monke
                 upkeep.compact(ledger(tmp_path))
         assert same(content(tmp_path), before) and len(ledger(tmp_path).drives()) == 3
     with monkeypatch.context() as patch:  # the base is current, nothing was deleted yet
-        patch.setattr(upkeep, "_sweep", lambda _: None)
+        patch.setattr(upkeep, "_sweep", lambda *_: None)
         upkeep.compact(ledger(tmp_path))
     assert same(content(tmp_path), before) and ledger(tmp_path).drives() == []
-    upkeep.compact(ledger(tmp_path))
+    upkeep.compact(ledger(tmp_path), keep=False)
     assert not list((tmp_path / CITY / "drives").iterdir())
 
 
@@ -549,7 +549,7 @@ def test_a_corrupt_record_is_reported_and_comes_back(tmp_path: Path, caplog: pyt
 
 def test_every_file_of_a_city_is_verified_and_spares_are_mended(tmp_path: Path) -> None:
     drive(tmp_path, 1, day=0, frames=1)
-    upkeep.compact(ledger(tmp_path))
+    upkeep.compact(ledger(tmp_path), keep=False)
     upkeep.leave_out(ledger(tmp_path), [drive(tmp_path, 2, day=1, frames=1)])
     before = files(tmp_path)
     for name in before:
@@ -593,7 +593,7 @@ def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
     book = ledger(tmp_path / "city")
     upkeep.compact(book, older_than_days=2)
     merge(tmp_path / "copy", tmp_path / "city")
-    upkeep.compact(book, older_than_days=1, keep=True)
+    upkeep.compact(book, older_than_days=1)
     base = book.base()
     assert base is not None and len(base.drives) == 3
 
@@ -617,10 +617,60 @@ def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
         return whole and upkeep.verify(ledger(tmp_path / city)) == []
 
     assert mended("city", f"bases/{base.id}")
-    upkeep.compact(book)  # nothing is kept from here on
+    upkeep.compact(book, keep=False)
     assert mended("city", "bases", other="copy")
     merge(tmp_path / "third", tmp_path / "copy")
     assert mended("copy", "drives", other="third")
+
+
+def test_a_base_is_mended_by_default_until_the_next_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    city = tmp_path / CITY
+    old = [drive(tmp_path, seed, day=seed) for seed in range(2)]
+    before = content(tmp_path)
+    assert "the next compaction deletes that" in run(capsys, "compact", city, "--older-than", 0)
+    assert sorted(path.name for path in (city / "drives").iterdir()) == sorted(old)
+    assert [len(record.drives) for record in ledger(tmp_path).active()] == [2]
+    flip_a_bit(next((city / "bases").rglob("c/0/*/*")))
+    assert "repaired" in run(capsys, "verify", city, "--repair") and same(content(tmp_path), before)
+
+    first = ledger(tmp_path).head().base
+    run(capsys, "compact", city, "--older-than", 0)  # there is nothing to fold: what is kept stays
+    assert len(list((city / "drives").iterdir())) == 2
+    new = drive(tmp_path, 5, day=5)
+    before = content(tmp_path)
+    run(capsys, "compact", city, "--older-than", 0)
+    assert [path.name for path in (city / "drives").iterdir()] == [new]
+    assert {path.name for path in (city / "bases").iterdir()} == {first, ledger(tmp_path).head().base}
+    flip_a_bit(next((city / "bases" / ledger(tmp_path).head().base).rglob("c/0/*/*")))
+    assert "repaired" in run(capsys, "verify", city, "--repair") and same(content(tmp_path), before)
+
+    run(capsys, "compact", city, "--older-than", 0, "--drop")
+    assert not list((city / "drives").iterdir()) and len(list((city / "bases").iterdir())) == 1
+    flip_a_bit(next((city / "bases").rglob("c/0/*/*")))
+    assert "1 damaged parts" in run(capsys, "verify", city, "--repair", code=2)
+
+
+def test_what_is_kept_to_mend_a_base_is_verified_as_well(tmp_path: Path) -> None:
+    drive(tmp_path, 1, day=0, frames=1)
+    upkeep.compact(ledger(tmp_path))
+    drive(tmp_path, 2, day=1, frames=1)
+    upkeep.compact(ledger(tmp_path))
+    base = ledger(tmp_path).head().base
+    kept = {name for name in files(tmp_path) if "/drives/" in name or "/bases/" in name and base not in name}
+    assert sum("/c/" not in name for name in kept) == 5, "of a base and a drive: records and copies, zarr.json, tiles"
+    before = files(tmp_path)
+    for name in sorted(kept):
+        file = tmp_path / name
+        flip_a_bit(file, 1234)
+        assert upkeep.verify(ledger(tmp_path, read_only=True)), name
+        mended = upkeep.verify(ledger(tmp_path), repair=True)
+        assert {finding.repaired for finding in mended} == {"/c/" not in name}, name
+        # a record without a copy is what tells what the tiles are: they go with it
+        assert file.exists() == ("/drives/" not in name or "record" not in name)
+        shutil.rmtree(tmp_path / CITY)
+        for path, raw in before.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(raw)
 
 
 @pytest.mark.parametrize("older", ["from", "into"])

@@ -79,7 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only drives so much older than the newest one, as drives that are merged later should not be older than "
         "those that were folded; 0 folds all (default: %(default)g)",
     )
-    compact.add_argument("--keep", action="store_true", help="delete what was folded only at the next compaction")
+    compact.add_argument(
+        "--drop",
+        action="store_true",
+        help="delete what was folded at once, and not when the next base is made: then nothing here can mend the base",
+    )
 
     render = action("render", "draw a city: its layers, evidence, age and traversals", _render)
     render.add_argument(
@@ -239,14 +243,16 @@ def _compact(args: argparse.Namespace) -> None:
     ledger = Ledger.open(Storage(args.city))
     before = ledger.storage.size()
     with _progress(None, "tile", "compacting") as step:
-        base = upkeep.compact(ledger, args.older_than, keep=args.keep, step=step)
+        base = upkeep.compact(ledger, args.older_than, keep=not args.drop, step=step)
     if base is None:
         apart = len(ledger.drives())
         print(f"nothing to compact: {apart} drives, none {args.older_than:g} days older than the newest (--older-than)")
         return
-    after = ledger.storage.size()
-    sizes = f": {before / 1e6:.2f} MB became {after / 1e6:.2f} MB" if before is not None and after is not None else ""
-    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives{sizes}")
+    after, own = ledger.storage.size(), ledger.storage.below(ledger.folder_of(base)).size()
+    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives" + (f", {own / 1e6:.2f} MB" if own else ""))
+    if before and after:
+        rest = "" if args.drop else ", with what the base was made of: the next compaction deletes that (or --drop)"
+        print(f"the city had {before / 1e6:.2f} MB, and has {after / 1e6:.2f}{rest}")
 
 
 def _render(args: argparse.Namespace) -> None:

@@ -204,11 +204,13 @@ class Ledger:
             return None
 
     def kept(self, folder: str, name: str) -> Record | None:
-        """Return a record by the copy beside its tiles, None where that is gone or damaged."""
-        try:
-            return Record.from_bytes(self.storage.get(f"{folder}/{name}/{COPY}") or b"", name)
-        except (ValueError, KeyError, TypeError, NmpError):
-            return None
+        """Return a record by the copy beside its tiles, None where that is gone or damaged. Of a base there are two."""
+        for copy in (COPY, f"2.{COPY}"):
+            try:
+                return Record.from_bytes(self.storage.get(f"{folder}/{name}/{copy}") or b"", name)
+            except (ValueError, KeyError, TypeError, NmpError):
+                continue
+        return None
 
     def tell(self, what: str, problem: str) -> None:
         """Report a damaged thing, once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -294,11 +294,11 @@ def export(ledger: Ledger, out: Path, only: Sequence[str] | None = None, step: S
 # -- growth -------------------------------------------------------------------------------------------------
 
 
-def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False, step: Step = _quiet) -> Record | None:
-    """Fold drives into a new base and delete them; the city's state stays the same to the bit.
+def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = True, step: Step = _quiet) -> Record | None:
+    """Fold drives into a new base; the city's state stays the same to the bit.
 
     :param older_than_days: only drives that began so long before the newest one
-    :param keep: delete what was folded only at the next compaction: until then :func:`verify` can mend the base
+    :param keep: delete what was folded only when the next base is made: until then :func:`verify` can mend this one
 
     Drives that are left out and as old are deleted as well. Until the head names the new base, everything before is
     there; whoever crashes in between loses nothing. Returns the base, None where there is nothing to do.
@@ -311,8 +311,9 @@ def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False,
         folded = [record for record in old if record.id not in head.left_out]
         dropped = [record for record in old if record.id in head.left_out]
         before = ledger.base(head)
-        _sweep(ledger)
         if not folded:
+            if not keep:
+                _sweep(ledger)
             return None
         records = ([before] if before else []) + folded
         state = State(ledger, records)
@@ -340,23 +341,25 @@ def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False,
         base = ledger.publish(describe, state.keys(), make)
         gone = {record.id for record in dropped}
         ledger.change_head(lambda now: replace(with_left_out(now, set(now.left_out) - gone), base=base.id))
-        if not keep:
-            _sweep(ledger)
+        _sweep(ledger, {record.id for record in records} if keep else set())
         return base
 
 
-def _sweep(ledger: Ledger) -> None:
-    """Delete bases that are not current and drives inside the current one: what compacting left, or a crash."""
+def _sweep(ledger: Ledger, kept: Container[str] = ()) -> None:
+    """Delete bases that are not current and drives inside the current one: what compacting left, or a crash.
+
+    :param kept: ids of those whose tiles stay, for mending the base
+    """
     base = ledger.base()
     inside = set(base.drives + base.dropped) if base else set()
     commits = {name.removesuffix(".json") for name in ledger.storage.below(COMMITS).keys() if name.endswith(".json")}
     for drive in sorted(inside & commits):
         ledger.storage.delete(f"{COMMITS}/{drive}.json")
     for drive in ledger.storage.below(DRIVES).children():
-        if drive in inside:
+        if drive in inside and drive not in kept:
             ledger.storage.below(f"{DRIVES}/{drive}").clear()
     for name in ledger.storage.below(BASES).children():
-        if base is None or name != base.id:
+        if (base is None or name != base.id) and name not in kept:
             ledger.storage.below(f"{BASES}/{name}").clear()
 
 
@@ -378,7 +381,12 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
     """
     findings = _verify_records(ledger, repair, other)
     base = ledger.base()
-    for record in ([base] if base else []) + ledger.drives():
+    kept, lost = _kept(ledger, base) if base else ([], [])
+    for folder in lost:  # without its record it is good for nothing
+        if repair:
+            ledger.storage.below(folder).clear()
+        findings.append(Finding(f"{folder}, which was kept to mend the base", repair))
+    for record in ([base] if base else []) + ledger.drives() + kept:
         findings += _verify_spares(ledger, record, repair)
         expected = digests(record)
         tiles, kind = ledger.tiles_of(record), "base" if record.drives else "drive"
@@ -420,14 +428,6 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
                     storage.put(name, whole)
                 findings.append(Finding(name, repair))
     ledger.drives()  # puts aside what is damaged
-    base = ledger.head().base
-    if base:
-        record = ledger.base()
-        for name in (COPY, f"2.{COPY}"):
-            if record is not None and storage.get(f"{BASES}/{base}/{name}") != record.to_bytes():
-                if repair:
-                    storage.put(f"{BASES}/{base}/{name}", record.to_bytes())
-                findings.append(Finding(f"{name} of base {base[:12]}", repair))
     for drive in ledger.damaged_records():
         found = ledger.kept(DRIVES, drive) or (other.kept(DRIVES, drive) if other else None)
         if repair and found is not None:
@@ -440,15 +440,28 @@ def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding
     """Check what lies beside the tiles of a record: nothing is read from it unless something else is damaged."""
     tiles = ledger.tiles_of(record)
     findings = []
-    if not record.drives and tiles.storage.get(COPY) != record.to_bytes():
-        if repair:
-            tiles.storage.put(COPY, record.to_bytes())
-        findings.append(Finding(f"{COPY} of drive {record.id[:12]}", repair))
+    for name in (COPY, f"2.{COPY}") if record.drives else (COPY,):
+        if tiles.storage.get(name) != record.to_bytes():
+            if repair:
+                tiles.storage.put(name, record.to_bytes())
+            findings.append(Finding(f"{name} of {'base' if record.drives else 'drive'} {record.id[:12]}", repair))
     if not tiles.described():
         if repair:
             tiles.describe()
         findings.append(Finding(f"zarr.json of {record.id[:12]}", repair))
     return findings
+
+
+def _kept(ledger: Ledger, base: Record) -> tuple[list[Record], list[str]]:
+    """Return what a base was folded from, as far as it is there, and the folders of that whose record is damaged."""
+    found, lost = [], []
+    for room, inside in ((BASES, None), (DRIVES, set(base.drives + base.dropped))):
+        for name in ledger.storage.below(room).children():
+            if name != base.id and (inside is None or name in inside):
+                record = ledger.kept(room, name)
+                found += [record] if record else []
+                lost += [] if record else [f"{room}/{name}"]
+    return found, lost
 
 
 def _mended(ledger: Ledger, other: Ledger | None, record: Record, missing: dict[Key, int]) -> dict[Key, Planes]:
