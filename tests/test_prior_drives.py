@@ -473,6 +473,35 @@ def test_compaction_keeps_every_later_state(tmp_path: Path, kind: str) -> None:
     assert not list((tmp_path / "plain" / CITY / "drives").iterdir())
 
 
+@pytest.mark.parametrize("name", ["sum", "coded"])
+def test_a_compacted_city_grows_with_the_road_and_not_with_the_drives(tmp_path: Path, name: str) -> None:
+    """Eight cars along one road see the same, each with noise of its own."""
+    spec = SPECS[name]
+    y, x = np.mgrid[:128, :512] / 20.0
+    street = np.stack([60 * np.sin(x + channel) * np.cos(y - channel) for channel in range(3)])
+
+    def size_after(drives: int) -> dict[str, int]:
+        place = tmp_path / str(drives)
+        rng = np.random.default_rng(0)
+        for number in range(drives):
+            with CityPrior.open(place, CITY, spec, flush_interval_s=1e6) as prior:
+                for part in range(0, 512, 128):
+                    window = Window(0, part, 128, 128)
+                    latent, evidence = prior.read(window)
+                    seen = street[:, :, part : part + 128] + rng.normal(0, 3, (3, 128, 128))
+                    mean = np.rint((latent * evidence.astype(float) + seen * 300) / (evidence + 300))
+                    prior.write(window, mean.astype(np.int8), evidence + np.uint16(300), (number + 1) * DAY)
+        apart = Storage(place / CITY / "drives").size()
+        upkeep.compact(ledger(place), keep=False)
+        whole, base = Storage(place / CITY).size(), Storage(place / CITY / "bases").size()
+        assert apart and whole and base
+        return {"apart": apart, "whole": whole, "base": base}
+
+    one, eight = size_after(1), size_after(8)
+    assert eight["apart"] > 7 * one["apart"]
+    assert eight["base"] < 1.15 * one["base"] and eight["whole"] < 1.15 * one["whole"]
+
+
 def test_drives_inside_the_base_are_known(tmp_path: Path) -> None:
     for seed in range(3):
         drive(tmp_path / "center", seed, day=seed)
