@@ -447,7 +447,7 @@ def test_difference_counts_cells(tmp_path: Path) -> None:
     back = upkeep.difference(both, one)
     assert back.removed == (content(tmp_path)[3] > 0).sum() - book.find(first).cells
     assert 0 < back.changed <= book.find(second).cells and back.evidence < 0 and back.mean_latent > 0
-    assert upkeep.difference(both, upkeep.state_at(book, "now")) == (0, 0, 0, 0, 0.0, 0)
+    assert upkeep.difference(both, upkeep.state_at(book, "now")) == ([], 0, 0, 0, 0.0, 0)
 
 
 # -- growth -------------------------------------------------------------------------------------------------
@@ -776,10 +776,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = content(tmp_path)
     assert [e["id"] for e in json.loads(run(capsys, "log", city, "--json"))] == ids
     table = run(capsys, "log", city)
-    assert "car 1" in table and "1997-05-20" in table and len(table.splitlines()) == 4
+    assert "car 1" in table and "1997-05-20" in table and table.count("abc123") == 3 and len(table.splitlines()) == 4
     shown = json.loads(run(capsys, "show", city, "--json"))
     assert (shown["drives"], shown["fingerprint"], shown["location"]) == (3, "abc123", CITY)
     assert "car 2" in run(capsys, "show", city, ids[2][:6])
+    first = ledger(tmp_path).find(ids[0])
+    listed = json.loads(run(capsys, "show", city, ids[0][:8], "--tiles", "--json"))["tile_list"]
+    assert [(tile["row"], tile["col"], tile["cells"]) for tile in listed] == [row[:3] for row in first.tiles.tolist()]
+    assert all(tile["x_min_m"] == pytest.approx(tile["col"] * TILE * 0.3) for tile in listed)
+    assert len(run(capsys, "show", city, ids[0][:8], "--tiles").splitlines()) == 14 + len(listed) + 1
+    assert "give the beginning of its id" in run(capsys, "show", city, "--tiles", code=2)
+    found = json.loads(run(capsys, "diff", city, "empty", ids[0], "--json"))
+    assert found["tiles"] == len(listed) and [tile["added"] for tile in found["tile_list"]] == [
+        t["cells"] for t in listed
+    ]
+    assert found["tile_list"][0]["y_max_m"] == pytest.approx((found["tile_list"][0]["row"] + 1) * TILE * 0.3)
+    assert "tile_list" not in run(capsys, "diff", city, "empty", "now")
     assert json.loads(run(capsys, "diff", city, "empty", "now", "--json"))["added"] == (before[3] > 0).sum()
 
     archive = tmp_path / "city.zip"

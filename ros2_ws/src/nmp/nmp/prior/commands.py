@@ -19,7 +19,7 @@ from nmp.prior import upkeep
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record
 from nmp.prior.storage import Storage
-from nmp.prior.tiles import bounds
+from nmp.prior.tiles import TILE, Key, bounds
 from nmp.prior.window import MERGES, PriorSpec
 
 SHORT = 12
@@ -41,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = action("show", "tell of a city, or of one drive", _show)
     show.add_argument("drive", nargs="?", metavar="ID", help="the beginning of a drive's id (default: the whole city)")
+    show.add_argument("--tiles", action="store_true", help="also list the tiles of the drive, and where they lie")
     show.add_argument("--json", action="store_true", help="print JSON")
 
     diff = action("diff", "count the cells that differ between two states of a city", _diff)
     for name in ("first", "second"):
         diff.add_argument(name, metavar="STATE", help="a drive's id (the city after it), base, empty or now")
-    diff.add_argument("--json", action="store_true", help="print JSON")
+    diff.add_argument("--json", action="store_true", help="print JSON, with the tiles in which something changed")
 
     rollback = action("rollback", "leave drives out of a city; the earlier state is back to the bit", _rollback)
     which = rollback.add_mutually_exclusive_group(required=True)
@@ -128,16 +129,32 @@ def _log(args: argparse.Namespace) -> None:
         _print_json([{**_facts(record), "state": state} for record, state in entries])
         return
     rows = [
-        (r.id[:SHORT], _date(r.first_ns), f"{(r.last_ns - r.first_ns) / 6e10:.1f}", _who(r), len(r.tiles), r.cells, s)
-        for r, s in entries
+        (
+            record.id[:SHORT],
+            _date(record.first_ns),
+            f"{(record.last_ns - record.first_ns) / 6e10:.1f}",
+            _who(record),
+            record.spec.fingerprint,
+            len(record.tiles),
+            record.cells,
+            state,
+        )
+        for record, state in entries
     ]
-    _print_table(("drive", "began (UTC)", "minutes", "vehicle", "tiles", "cells", ""), rows)
+    _print_table(("drive", "began (UTC)", "minutes", "vehicle", "weights", "tiles", "cells", ""), rows)
 
 
 def _show(args: argparse.Namespace) -> None:
     ledger = Ledger.open(Storage(args.city), read_only=True)
+    places: list[dict[str, Any]] = []
+    if args.tiles and not args.drive:
+        raise NmpError("--tiles lists those of one drive, or of the base: give the beginning of its id (nmp prior log)")
     if args.drive:
-        facts = _facts(ledger.find(args.drive))
+        record = ledger.find(args.drive)
+        facts = _facts(record)
+        table = record.tiles
+        rows = zip(table["row"].tolist(), table["col"].tolist(), table["cells"].tolist(), strict=True)
+        places = [{**_place((row, col), ledger.spec), "cells": cells} for row, col, cells in rows]
     else:
         active = ledger.active()
         keys = {key for record in active for key in upkeep.digests(record)}
@@ -154,11 +171,14 @@ def _show(args: argparse.Namespace) -> None:
             "extent_cells": [extent.row, extent.col, extent.rows, extent.cols] if extent else None,
         }
     if args.json:
-        _print_json(facts)
+        _print_json({**facts, "tile_list": places} if args.tiles else facts)
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         print(f"{name.replace('_', ' '):<14} {'-' if text in ('', None) else text}")
+    if args.tiles:
+        print()
+        _print_table(tuple(places[0]) if places else (), [tuple(place.values()) for place in places])
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -166,10 +186,13 @@ def _diff(args: argparse.Namespace) -> None:
     first, second = (upkeep.state_at(ledger, name) for name in (args.first, args.second))
     with _progress(len(first.keys() | second.keys()), "tile", "comparing") as step:
         found = upkeep.difference(first, second, step)
+    sums = {**found._asdict(), "tiles": len(found.tiles)}
     if args.json:
-        _print_json(found._asdict())
+        names = upkeep.TileDifference._fields[1:]
+        tiles = [{**_place(tile.key, ledger.spec), **dict(zip(names, tile[1:], strict=True))} for tile in found.tiles]
+        _print_json({**sums, "tile_list": tiles})
         return
-    for name, value in found._asdict().items():
+    for name, value in sums.items():
         print(f"{name.replace('_', ' '):<14} {value if isinstance(value, int) else round(value, 2)}")
 
 
@@ -340,6 +363,13 @@ def _facts(record: Record) -> dict[str, Any]:
         "dropped": list(record.dropped),
         "recordings": list(record.recordings),
     }
+
+
+def _place(key: Key, spec: PriorSpec) -> dict[str, Any]:
+    """Return which tile it is, and the rectangle that it covers in the map frame, m."""
+    (row, col), edge = key, TILE * spec.cell
+    corners = {"x_min_m": col * edge, "y_min_m": row * edge, "x_max_m": (col + 1) * edge, "y_max_m": (row + 1) * edge}
+    return {"row": row, "col": col, **{name: round(value, 3) for name, value in corners.items()}}
 
 
 def _date(stamp_ns: int) -> str:

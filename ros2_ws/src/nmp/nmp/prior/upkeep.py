@@ -98,10 +98,21 @@ def state_at(ledger: Ledger, name: str) -> State:
     return State(ledger, [r for r in records if r.drives or not last.drives and r.order <= last.order])
 
 
+class TileDifference(NamedTuple):
+    """What changed in one tile."""
+
+    key: Key
+    added: int
+    removed: int
+    changed: int
+    evidence: int
+
+
 class Difference(NamedTuple):
     """What changed between two states of a city."""
 
-    tiles: int
+    tiles: list[TileDifference]
+    """those in which something did, in the order of row and column"""
     added: int
     """cells that only the second knows"""
     removed: int
@@ -116,7 +127,7 @@ class Difference(NamedTuple):
 
 def difference(first: State, second: State, step: Step = _quiet) -> Difference:
     """Compare two states of one city, cell by cell."""
-    tiles = added = removed = changed = evidence = 0
+    tiles = []
     distance = 0.0
     for keys in batches(sorted(first.keys() | second.keys())):
         before, after = first.load(keys), second.load(keys)
@@ -126,13 +137,19 @@ def difference(first: State, second: State, step: Step = _quiet) -> Difference:
             both = known_a & known_b
             moved = np.abs(a.latent.astype(np.int16) - b.latent).sum(0)
             other = both & ((moved > 0) | (a.evidence != b.evidence) | (a.last_seen_s != b.last_seen_s))
-            added += int((known_b & ~known_a).sum())
-            removed += int((known_a & ~known_b).sum())
-            changed += int(other.sum())
+            found = TileDifference(
+                key,
+                int((known_b & ~known_a).sum()),
+                int((known_a & ~known_b).sum()),
+                int(other.sum()),
+                int(b.evidence.astype(np.int64).sum() - a.evidence.astype(np.int64).sum()),
+            )
             distance += float(moved[other].sum())
-            evidence += int(b.evidence.astype(np.int64).sum() - a.evidence.astype(np.int64).sum())
-            tiles += bool((known_a != known_b).any() or other.any())
+            if found.added or found.removed or found.changed:
+                tiles.append(found)
         step(len(keys))
+    added, removed = sum(tile.added for tile in tiles), sum(tile.removed for tile in tiles)
+    changed, evidence = sum(tile.changed for tile in tiles), sum(tile.evidence for tile in tiles)
     mean = distance / (changed * first.ledger.spec.channels) if changed else 0.0
     return Difference(tiles, added, removed, changed, mean, evidence)
 
