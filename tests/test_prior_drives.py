@@ -611,6 +611,19 @@ def test_a_damaged_head_is_read_from_its_copy(tmp_path: Path, name: str) -> None
         content(tmp_path)
 
 
+def test_a_first_change_of_the_head_that_was_interrupted_is_no_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = [drive(tmp_path, seed, day=seed) for seed in range(2)]
+    upkeep.leave_out(ledger(tmp_path), before[1:])
+    (tmp_path / CITY / "head.json").unlink()  # the copy is written first
+    with caplog.at_level(logging.WARNING):
+        assert ledger(tmp_path).head().left_out == tuple(before[1:])
+        assert upkeep.verify(ledger(tmp_path)) == []
+    assert not caplog.records
+    assert upkeep.verify(ledger(tmp_path), repair=True) == [] and (tmp_path / CITY / "head.json").exists()
+
+
 @pytest.mark.parametrize("position", [777, -9], ids=["tile", "index"])
 @pytest.mark.parametrize("version", [2, 4])
 def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(

@@ -96,13 +96,18 @@ class Ledger:
     # -- records ----------------------------------------------------------------------------------------------
 
     def head(self) -> Head:
-        """Return the current base and the drives left out. A damaged head is read from its copy, and reported."""
-        for name in (HEAD, SPARE):
-            content = self.storage.get(name)
-            if content is None and name == HEAD and self.storage.get(SPARE) is None:
-                return Head()
+        """Return the current base and the drives left out. A damaged head is read from its copy, and reported.
+
+        Whoever is killed while it changes the head for the first time leaves only the copy.
+        """
+        contents = {name: self.storage.get(name) for name in (HEAD, SPARE)}
+        if not any(content is not None for content in contents.values()):
+            return Head()
+        for name, content in contents.items():
+            if content is None:
+                continue
             try:
-                values = unchecked(content or b"")
+                values = unchecked(content)
                 return Head(values["base"], tuple(values["left_out"]))
             except (ValueError, KeyError, TypeError) as error:
                 self.tell(f"{self.storage.name}/{name}", f"is damaged ({error}): nmp prior verify --repair mends it")

@@ -422,21 +422,13 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
 def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[Finding]:
     findings = []
     storage = ledger.storage
-    heads = {}
-    for name in (HEAD, SPARE):
-        content = storage.get(name)
-        try:
-            unchecked(content or b"")
-            heads[name] = content
-        except ValueError:
-            heads[name] = None
-    if storage.get(HEAD) is not None or storage.get(SPARE) is not None:
-        for name, twin in ((HEAD, SPARE), (SPARE, HEAD)):
-            if heads[name] is None:
-                good = heads[twin]
-                if repair and good is not None:
-                    storage.put(name, good)
-                findings.append(Finding(name, repair and good is not None))
+    heads = {name: storage.get(name) for name in (HEAD, SPARE)}
+    whole_ones = [content for content in heads.values() if content is not None and _is_whole(content)]
+    for name, content in heads.items():
+        if whole_ones and repair and content not in whole_ones:
+            storage.put(name, whole_ones[0])
+        if content is not None and not _is_whole(content):  # one that is not there was never written
+            findings.append(Finding(name, repair and bool(whole_ones)))
     if ledger.spec.coding is not None:
         whole = checked(ledger.spec.coding.to_dict())
         for name in (CODING, CODING_SPARE):
@@ -451,6 +443,14 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
             storage.put(f"{COMMITS}/{drive}.json", found.to_bytes())
         findings.append(Finding(f"record of drive {drive[:12]}", repair and found is not None))
     return findings
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        unchecked(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding]:
