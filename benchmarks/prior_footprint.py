@@ -14,8 +14,10 @@ Bytes: the recorded trajectories leave in each cell the evidence that a frame ha
 car, summed over their poses. Each of these tiles is filled with the latents of a tile of the simulated cities that is
 known nearly as a whole, and all of them are written as the base of a city. What counts is every byte below the folder
 of the city: tiles, records, their copies, checksums, descriptions. ``--every 4`` does that with every fourth file.
+"apart" is the same before anything is compacted: every trajectory is a drive of its own (of every fourth one).
 
-Cells of 0.6 m are stand-ins, the weighted means of four: no network was trained for them.
+Cells twice as large as those of the network are stand-ins, the weighted means of four: it was not trained for them.
+Cells that are smaller than the network's are left out.
 """
 
 from __future__ import annotations
@@ -225,9 +227,8 @@ def publish(ledger: Ledger, tiles: dict[Key, Cells], first_ns: int, drives: tupl
     return ledger.publish(describe, tiles, lambda keys: {key: tiles[key].copy() for key in keys})
 
 
-def reloaded(folder: Path, city: City, spec: PriorSpec) -> fusion.Memory:
-    """Return the cells of a stored city, over the area of its drives."""
-    scale = round(spec.cell / 0.3)
+def reloaded(folder: Path, city: City, spec: PriorSpec, scale: int) -> fusion.Memory:
+    """Return the cells of a stored city, over the area of its drives; they are ``scale`` times the network's."""
     rows, cols = (size // scale for size in city.shape)
     window = Window(city.origin[0] // scale, city.origin[1] // scale, rows, cols)
     with CityPrior.open(folder, city.location, spec, read_only=True) as prior:
@@ -301,7 +302,7 @@ def stored_mb(
     every: int,
 ) -> tuple[float, float, int]:
     """Return what cities take in MB, in bytes and on a disk with blocks of 4 KiB, folders included, and their tiles."""
-    size = blocks = count = 0
+    size, blocks, count = 0.0, 0.0, 0
     for location, masks in cities.items():
         storage = Storage(folder / location)
         create(storage, location, spec)
@@ -311,12 +312,37 @@ def stored_mb(
         some = {key: masks[key] for key, file in files.items() if file in chosen}
         base = publish(ledger, rounded(pasted(some, sources), spec.bits), 1, ("0" * 32,))
         ledger.change_head(lambda head, base=base: replace(head, base=base.id))
-        found = [(path.stat().st_size, path.is_dir()) for path in (folder / location).rglob("*")]
         share = len(masks) / len(some)
-        size += round(sum(size for size, is_folder in found if not is_folder) * share)
-        blocks += round(sum(4096 if is_folder else -(-size // 4096) * 4096 for size, is_folder in found) * share)
+        for_some = on_disk_mb(folder / location)
+        size, blocks = size + for_some[0] * share, blocks + for_some[1] * share
         count += len(masks)
-    return size / 1e6, blocks / 1e6, count
+    return size, blocks, count
+
+
+def apart_mb(
+    folder: Path,
+    scenes: list[dict[str, Any]],
+    network: BEVNetwork,
+    weight: torch.Tensor,
+    sources: list[Cells],
+    spec: PriorSpec,
+) -> tuple[float, float]:
+    """Return what scenes take in MB where each is a drive of its own, in bytes and on a disk, folders included."""
+    for location in sorted({scene["location"] for scene in scenes}):
+        create(Storage(folder / location), location, spec)
+    for number, scene in enumerate(scenes):
+        ledger = Ledger.open(Storage(folder / scene["location"]))
+        [masks] = touched([scene], network, weight, spec.cell).values()
+        publish(ledger, rounded(pasted(masks, sources), spec.bits), 10**9 * (number + 1))
+    return on_disk_mb(folder)
+
+
+def on_disk_mb(folder: Path) -> tuple[float, float]:
+    """Return the MB of all files below a folder, and what they take in blocks of 4 KiB, folders included."""
+    found = [(path.stat().st_size, path.is_dir()) for path in folder.rglob("*")]
+    size = sum(size for size, is_folder in found if not is_folder)
+    blocks = sum(4096 if is_folder else -(-size // 4096) * 4096 for size, is_folder in found)
+    return size / 1e6, blocks / 1e6
 
 
 # -- all of it ----------------------------------------------------------------------------------------------
@@ -353,7 +379,11 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
     if (coding := coding_beside(Path(weights))) is not None:
         settings.append(("shipped", replace(plain, coding=coding)))
     rows = []
-    for cell in options.cells:
+    own = network.config.prior_cell
+    scales = [(cell, scale) for cell in options.cells for scale in (1, 2) if math.isclose(cell, scale * own)]
+    if not scales:
+        raise SystemExit(f"--cells {options.cells}: {weights} has cells of {own:g} m, give {own:g} or {2 * own:g}")
+    for cell, scale in scales:
         masks = touched(every, network, weight, cell)
         for name, spec in settings:
             spec = replace(spec, cell=cell)
@@ -363,13 +393,16 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
                 create(Storage(place / city.location), city.location, spec)
                 ledger = Ledger.open(Storage(place / city.location))
                 for count, tiles in enumerate(drives[number]):
-                    publish(ledger, rounded(coarser(tiles) if cell > 0.3 else tiles, spec.bits), 10**9 * (count + 1))
+                    publish(ledger, rounded(coarser(tiles) if scale > 1 else tiles, spec.bits), 10**9 * (count + 1))
                 base = compact(ledger)
                 assert base is not None
                 found = ledger.load(base, digests(base)).values()
-                sources += [cells for cells in found if (cells.evidence > 0).mean() > FULL - 0.2 * (cell > 0.3)]
-                score(network, city, reloaded(place, city, spec), options.stride, meter)
+                sources += [cells for cells in found if (cells.evidence > 0).mean() > FULL - 0.2 * (scale > 1)]
+                score(network, city, reloaded(place, city, spec, scale), options.stride, meter)
             size, blocks, count = stored_mb(folder / f"all-{name}-{cell}", masks, sources, spec, options.every)
+            some = every[:: options.every]
+            apart = apart_mb(folder / f"apart-{name}-{cell}", some, network, weight, sources, spec)
+            apart_km = length_km(some)
             score_now = meter.percent()
             rows.append(
                 {
@@ -379,6 +412,8 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
                     "components": spec.coding.components if spec.coding else plain.channels,
                     "mb_per_km": round(size / km, 3),
                     "mb_per_km_in_disk_blocks": round(blocks / km, 3),
+                    "apart_mb_per_km": round(apart[0] / apart_km, 3),
+                    "apart_mb_per_km_in_disk_blocks": round(apart[1] / apart_km, 3),
                     "tiles": count,
                     "miou": round(score_now["miou"], 2),
                     "below_float32": round(reference.percent()["miou"] - score_now["miou"], 2),
@@ -402,14 +437,15 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the settings as a Markdown table."""
     lines = [
-        "| weights | channels | cell | setting | MB/km | in disk blocks | mIoU | below float32 |",
-        "|---" * 8 + "|",
+        "| weights | channels | cell | setting | MB/km | in disk blocks | apart | mIoU | below float32 |",
+        "|---" * 9 + "|",
     ]
     for result in results:
         for row in result["settings"]:
             lines.append(
                 f"| {Path(result['weights']).stem} | {row['channels']} | {row['cell_m']} m | {row['setting']} "
-                f"| {row['mb_per_km']:.2f} | {row['mb_per_km_in_disk_blocks']:.2f} | {row['miou']:.1f} "
+                f"| {row['mb_per_km']:.2f} | {row['mb_per_km_in_disk_blocks']:.2f} "
+                f"| {row['apart_mb_per_km_in_disk_blocks']:.2f} | {row['miou']:.1f} "
                 f"| {row['below_float32']:+.2f} |"
             )
     return "\n".join(lines)
@@ -443,7 +479,7 @@ def main() -> None:
     parser.add_argument("--version", default="v1.0-mini")
     parser.add_argument("--steps", type=float, nargs="*", default=[96, 128, 192, 256, 384])
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4, 3, 2])
-    parser.add_argument("--cells", type=float, nargs="+", choices=(0.3, 0.6), default=[0.3, 0.6])
+    parser.add_argument("--cells", type=float, nargs="+", default=[0.3, 0.6], help="m; the network's own, or twice")
     parser.add_argument("--stride", type=int, default=3, help="score every so many frames")
     parser.add_argument("--every", type=int, default=4, help="write every so many of the files of tiles")
     parser.add_argument("--out", type=Path, help="also write the JSON here")

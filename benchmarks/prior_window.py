@@ -5,12 +5,16 @@
 Prints (and writes) JSON: medians and 99th percentiles in milliseconds. "idle" keeps one window in memory,
 "driving" moves it 1.2 m a frame along a bent road while the background thread saves, "cold" reads from disk. "gpu",
 where there is one, is what the window costs it: there and back, and from the stored numbers to the network's and back.
+"passes" drives the same road several times, as the mapper does it: it asks for what lies ahead, reads and writes. The
+cells are written with the coding of the shipped network, the drives before are apart, or compacted after each pass.
+"with_a_core" leaves out how long the thread waited for a core, as it does on a machine that others use as well (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -18,11 +22,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from nmp.process import prepare_process
+
+prepare_process()  # as in the processes that map
+
+# ruff: noqa: E402
 import numpy as np
 from numpy.typing import NDArray
 
+from nmp.mapper import coding_beside
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.ledger import Ledger
+from nmp.prior.storage import Storage
+from nmp.prior.upkeep import compact
 
 CELL = 0.3
 STEP = 1.2
@@ -33,6 +47,12 @@ def summary(seconds: list[float]) -> dict[str, float]:
     """Return median and 99th percentile of durations, ms."""
     ms = np.array(seconds) * 1e3
     return {"median_ms": round(float(np.median(ms)), 3), "p99_ms": round(float(np.percentile(ms, 99)), 3)}
+
+
+def with_ratio(seconds: list[float]) -> dict[str, float]:
+    """Return the summary, and how many medians the 99th percentile is."""
+    found = summary(seconds)
+    return {**found, "p99_to_median": round(found["p99_ms"] / found["median_ms"], 2)}
 
 
 def timed(action: Callable[[], object], repeats: int) -> list[float]:
@@ -49,6 +69,14 @@ def resident_mib() -> float:
     """Return the memory that this process occupies now, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+def without_core_s() -> float:
+    """Return how long this thread was ready and had no core so far, s."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def numpy_copy(size: int, channels: int, latent: NDArray[np.int8], evidence: NDArray[np.uint16]) -> Callable[[], None]:
@@ -164,6 +192,42 @@ def gpu_window(size: int, channels: int, repeats: int) -> dict[str, float]:
     return summary(durations[10:])
 
 
+def passes(folder: Path, size: int, frames: int, count: int, pace_s: float, *, compacted: bool) -> list[dict[str, Any]]:
+    """Drive along one road several times, and return what each frame of each pass took, its first read apart."""
+    rng = np.random.default_rng(0)
+    coding = coding_beside(None)
+    assert coding is not None
+    spec = PriorSpec(coding.channels, CELL, "benchmark", evidence_cap=4096, coding=coding)
+    # the same content at the same place whenever it is driven, and noise of each look
+    coarse = rng.normal(0, 30, (spec.channels, 2 * size // 4, 2 * size // 4)).repeat(4, 1).repeat(4, 2)
+    world = np.clip(coarse + rng.normal(0, 2, coarse.shape), -127, 127).astype(np.int8)
+    weight = rng.integers(100, 256, (size, size)).astype(np.uint16)
+    out = []
+    for number in range(count):
+        prior = CityPrior.open(folder, "passes", spec, flush_interval_s=2.0)
+        both, reads, working = [], [], []
+        for frame in range(frames):
+            (x, y), (next_x, next_y) = road(frame), road(frame + 1)
+            heading = math.atan2(next_y - y, next_x - x)
+            window = Window.around(x, y, CELL, size, size)
+            rows, cols = (np.arange(start, start + size) % (2 * size) for start in (window.row, window.col))
+            seen, latent = seen_from(size, heading), world[:, rows[:, None], cols]
+            start, idle = time.perf_counter(), without_core_s()
+            prior.prefetch(x, y, heading)
+            _, before = prior.read(window)
+            reads.append(time.perf_counter() - start)
+            prior.write(window, latent, before + weight, (number * 10**5 + frame) * 10**8, seen)
+            both.append(time.perf_counter() - start)
+            working.append(both[-1] - (without_core_s() - idle))
+            time.sleep(max(0.0, pace_s - both[-1]))
+        prior.close()
+        more = {"first_read_ms": round(reads[0] * 1e3, 1), "most_ms_after_it": round(max(both[1:]) * 1e3, 1)}
+        out.append({"pass": number + 1, **more, **with_ratio(both), "with_a_core": with_ratio(working)})
+        if compacted:
+            compact(Ledger.open(Storage(folder / "passes")))
+    return out
+
+
 def long_drive(folder: Path, size: int, channels: int, frames: int) -> dict[str, object]:
     """Drive through a large city as fast as it goes, with 64 MB resident, and commit it."""
     rng = np.random.default_rng(0)
@@ -201,11 +265,19 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--long", type=int, default=0, metavar="FRAMES", help="also a long drive: is memory bounded?")
+    parser.add_argument("--passes", type=int, default=3, metavar="N", help="along one road; 0: leave this out")
+    parser.add_argument("--frames", type=int, default=500, help="of each pass")
+    parser.add_argument("--pace", type=float, default=0.02, metavar="S", help="from frame to frame of a pass")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = measure(Path(folder), options.size, options.channels, options.repeats)
         if gpu := gpu_window(options.size, options.channels, options.repeats):
             results["gpu"] = gpu
+        for name in ("apart", "compacted") if options.passes else ():
+            place, compacted = Path(folder) / name, name == "compacted"
+            results[f"passes_{name}"] = passes(
+                place, options.size, options.frames, options.passes, options.pace, compacted=compacted
+            )
         if options.long:
             results["long_drive"] = long_drive(Path(folder), options.size, options.channels, options.long)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import shutil
@@ -19,11 +20,11 @@ import pytest
 from numpy.typing import NDArray
 
 from nmp.errors import NmpError
-from nmp.prior import CityPrior, PriorSpec, Window, ledger
+from nmp.prior import CityPrior, PriorSpec, Window, ledger, upkeep
 from nmp.prior.cells import Cells, decode, encode, on_grid
 from nmp.prior.drive import Tile
 from nmp.prior.ledger import Ledger
-from nmp.prior.record import checked, unchecked
+from nmp.prior.record import Record, checked, tile_table, unchecked
 from nmp.prior.storage import Storage
 from nmp.prior.tiles import ORIGIN, TILE, blocks
 
@@ -247,11 +248,33 @@ def test_extent_and_statistics(tmp_path: Path) -> None:
         assert prior.extent() == Window(-64, 0, 256, 64)
         assert prior.statistics()["dirty_tiles"] == prior.statistics()["tiles"] == 2
         prior.flush()
-        found = prior.statistics()
-        files = [p for p in (tmp_path / CITY).rglob("*") if p.is_file()]
-        assert found["dirty_tiles"] == 0 and found["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+        assert prior.statistics()["dirty_tiles"] == 0 and prior.statistics()["tiles"] == 2
     with opened(tmp_path, read_only=True) as prior:
         assert prior.extent() == Window(-64, 0, 256, 64) and prior.statistics()["resident_tiles"] == 0
+
+
+def test_statistics_of_a_large_city_look_at_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for every few seconds, between two frames."""
+    opened(tmp_path).close()
+    for seed in range(2):  # both drives were at the same places
+        rows = [(row, col, 4096, seed) for row in range(-300, 300) for col in range(500)]
+        record = Record(CITY, SPEC, f"car {seed}", SECOND, SECOND, tile_table(rows))
+        Storage(tmp_path / CITY).put(f"commits/{record.id}.json", record.to_bytes())
+    with opened(tmp_path) as prior:
+        one = np.ones((SPEC.channels, 1, 1), np.int8), np.ones((1, 1), np.uint16)
+        prior.write(Window(400 * TILE, 0, 1, 1), *one, SECOND)
+        with monkeypatch.context() as patch:
+            for owner, name in ((Storage, "get"), (Storage, "keys"), (Storage, "size"), (os, "walk"), (os, "stat")):
+                patch.setattr(owner, name, lambda *_: pytest.fail("something stored was looked at"))
+            begin = time.thread_time()
+            found = prior.statistics()
+            assert time.thread_time() - begin < 0.01
+        assert (found["tiles"], found["resident_tiles"], found["damaged_tiles"]) == (300_001, 1, 0)
+        assert not prior.damage
+        prior.read(Window(0, 0, 1, 1))  # the files of these tiles were never there
+        assert prior.statistics()["damaged_tiles"] == 2 and prior.damage.startswith("tile (0, 0) of ")
+        assert "has vanished" in prior.damage
+        prior.discard()
 
 
 def test_results_do_not_depend_on_eviction_or_saving(tmp_path: Path) -> None:
@@ -694,6 +717,74 @@ def test_kill_during_writes_loses_nothing_flushed_and_tears_nothing(
                 assert (evidence[tile] == number).all() and (seconds[tile] == number).all()
                 assert (latent[0][tile] == number % 100).all()
     assert not list((tmp_path / CITY / "open").iterdir()), "what the crash left was cleaned"
+
+
+def test_new_folders_are_synced_before_anything_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The power may fail at any moment: a file that was synced is lost with a folder that was not."""
+    calls: list[tuple[str, str]] = []
+    opened_as: dict[int, str] = {}
+    mkdir, open_, fsync, rename = os.mkdir, os.open, os.fsync, Path.rename
+
+    def spy_open(path: str | Path, *arguments: int, **options: int) -> int:
+        descriptor = open_(path, *arguments, **options)
+        opened_as[descriptor] = str(path)
+        return descriptor
+
+    def spy(name: str, path: object, action: Callable[[], object]) -> object:
+        result = action()
+        calls.append((name, str(path)))
+        return result
+
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "mkdir", lambda path, *more: spy("mkdir", path, lambda: mkdir(path, *more)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: spy("sync", opened_as[descriptor], lambda: fsync(descriptor)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: spy("rename", path, lambda: rename(path, to)))
+    place = tmp_path / "new" / "prior"
+    folders: set[str] = set()
+    for seed in range(2):
+        with opened(place) as prior:
+            prior.write(Window(0, 0, 150, 150), *cells(Window(0, 0, 150, 150), seed), (seed + 1) * SECOND)
+            prior.flush()
+            folders |= {str(path) for path in place.rglob("*") if path.is_dir()}
+    upkeep.compact(Ledger.open(Storage(place / CITY)))
+    folders |= {str(path) for path in place.rglob("*") if path.is_dir()}
+    made = [path for name, path in calls if name == "mkdir"]
+    assert {"open", "drives", "commits", "bases"} <= {
+        Path(path).parent.name for path in folders | {f"{place}/commits/x"}
+    }
+    assert folders <= set(made), "nobody else makes folders"
+    for (name, path), after in zip(calls, calls[1:], strict=False):
+        if name in ("mkdir", "rename"):  # a drive that is over is renamed before it is deleted
+            assert after == ("sync", str(Path(path).parent))
+
+
+def test_a_kill_loses_no_more_than_the_last_flush_interval(tmp_path: Path) -> None:
+    """Nothing flushes by hand: the background thread saves."""
+    rng = random.Random(0)
+    interval_s, margin_s = 0.5, 1.5  # on a machine that is busy with other tests
+    code = f"""
+        import time
+        prior = CityPrior.open(folder, {CITY!r}, spec, flush_interval_s={interval_s})
+        window = Window(0, 0, 100, 100)
+        for count in range(1, 60000):
+            latent, evidence = prior.read(window)
+            prior.write(window, np.full_like(latent, 7), evidence + np.uint16(1), count * 10**9)
+            print(count, time.monotonic(), flush=True)
+            time.sleep(0.01)
+    """
+    for number in range(2):
+        child = run_child(code, tmp_path / str(number))
+        assert child.stdout is not None
+        lines = [child.stdout.readline()]
+        time.sleep(interval_s + margin_s + rng.uniform(0.3, 1.0))
+        child.send_signal(signal.SIGKILL)
+        killed_s = time.monotonic()
+        lines += child.communicate(timeout=30)[0].splitlines(keepends=True)
+        written = [line.split() for line in lines if line.endswith("\n")]
+        safe = [int(count) for count, at_s in written if float(at_s) < killed_s - interval_s - margin_s]
+        with opened(tmp_path / str(number)) as prior:
+            found = prior.read(Window(0, 0, 100, 100))[1]
+        assert safe and safe[-1] <= found.min() and found.max() <= int(written[-1][0]) + 1
 
 
 def test_unfinished_longer_file_does_not_spoil_the_next_tile(tmp_path: Path) -> None:

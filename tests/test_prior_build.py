@@ -171,6 +171,22 @@ def test_compacted_drives_are_known(bags: dict[str, Path], weights: Path, tmp_pa
     assert not city(tmp_path).drives()
 
 
+def test_a_build_compacts_when_asked(
+    bags: dict[str, Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*more: str) -> int:
+        given = [str(bags["first"]), str(bags["second"]), "--prior", str(tmp_path), "--weights", str(weights)]
+        return cli.main(["prior", "build", *given, "--threads", "1", *more])
+
+    assert command("--compact") == 0
+    assert "0 drives were folded" in capsys.readouterr().out and len(city(tmp_path).drives()) == 2
+    assert command("--compact", "0") == 0  # nothing is mapped again
+    assert "2 were known" in (told := capsys.readouterr().out) and "2 drives were folded" in told
+    base = city(tmp_path).base()
+    assert base is not None and len(base.drives) == 2 and not city(tmp_path).drives()
+    assert command("--compact", "-1") == 2
+
+
 def test_records_without_a_recording_keep_their_names() -> None:
     record = Record("c", PriorSpec(2, 0.3, "x"), "", 1, 2, upkeep.tile_table([]))
     assert record.id == "c740c663002cfcb391eedf22db7bfdae"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from nmp.prior import ledger as books
 from nmp.prior.cells import FIELD_PLANES, Cells, fold, to_planes
 from nmp.prior.coding import Coding, pack
 from nmp.prior.drive import Tile, open_planes
-from nmp.prior.ledger import Ledger
-from nmp.prior.record import checked
+from nmp.prior.ledger import Ledger, State
+from nmp.prior.record import checked, name_of
 from nmp.prior.storage import Storage
-from nmp.prior.tiles import TILE
+from nmp.prior.tiles import TILE, Key
 from nmp.prior.tileset import TileSet
 
 CITY = "boston-seaport"
@@ -180,6 +180,31 @@ def test_the_order_of_merging_makes_no_difference(tmp_path: Path, seed: int, nam
         assert other[0] == results[0][0] and same(other[1], results[0][1])
 
 
+def test_a_drive_that_comes_late_is_merged_exactly_within_the_horizon_and_told_of_beyond_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in (0, 1, 5, 10):
+        drive(tmp_path / f"car-{day}", day, day=day)
+    for day in (10, 0):
+        merge(tmp_path / "early", tmp_path / f"car-{day}")
+    assert "holds 1 drives" in run(capsys, "compact", tmp_path / "early" / CITY)
+    # of day 5: newer than what was folded
+    assert merge(tmp_path / "early", tmp_path / "car-5").late == []
+    for day in (0, 5, 10):
+        merge(tmp_path / "never", tmp_path / f"car-{day}")
+    assert same(content(tmp_path / "early"), content(tmp_path / "never"))
+    # of day 1, where days 0 to 5 were folded
+    assert "holds 2 drives" in run(capsys, "compact", tmp_path / "early" / CITY, "--older-than", 4)
+    late = ledger(tmp_path / "car-1").drives()[0].id
+    told = run(capsys, "merge", tmp_path / "early" / CITY, tmp_path / "car-1" / CITY)
+    assert "1 drives are older than the base" in told and late[:12] in told
+    # a copy that takes the base over has an older drive of its own
+    merge(tmp_path / "new", tmp_path / "car-1")
+    upkeep.leave_out(ledger(tmp_path / "early"), [late])
+    done = merge(tmp_path / "new", tmp_path / "early")
+    assert done.base and [record.id for record in done.late] == [late]
+
+
 def test_merging_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     drive(tmp_path / "a", 1)
     drive(tmp_path / "b", 2, PriorSpec(3, 0.3, "other", evidence_cap=4096))
@@ -286,6 +311,62 @@ def _format_1(tile: Tile) -> NDArray[np.uint8]:
     return np.concatenate([cells.pack(), tile.touched[None].view(np.uint8), weight, *planes])
 
 
+def test_a_crashed_drive_of_a_newer_version_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It would be read as if it were laid out as now, and its tiles put aside as corrupt."""
+    prior = CityPrior.open(tmp_path / "crashed", CITY, SPEC, flush_interval_s=1e6)
+    prior.write(Window(0, 0, 5, 5), np.ones((3, 5, 5), np.int8), np.ones((5, 5), np.uint16), SECOND)
+    prior.flush()
+    shutil.copytree(tmp_path / "crashed" / CITY, tmp_path / "now" / CITY)
+    prior.close()
+    session = next((tmp_path / "now" / CITY / "open").glob("*/session.json"))
+    content_now = session.read_bytes()
+    values = json.loads(content_now)
+    session.write_bytes(checked({**{k: v for k, v in values.items() if k != "sha256"}, "format": 3}))
+    before = files(tmp_path / "now")
+    with caplog.at_level(logging.WARNING):
+        CityPrior.open(tmp_path / "now", CITY, SPEC).close()
+    assert "has format 3, this nmp reads up to 2: update nmp" in caplog.text
+    assert files(tmp_path / "now") == before and not ledger(tmp_path / "now").drives()
+    session.write_bytes(content_now)
+    CityPrior.open(tmp_path / "now", CITY, SPEC).close()
+    assert len(ledger(tmp_path / "now").drives()) == 1
+
+
+@pytest.mark.parametrize("what", ["drive", "base", "city"])
+def test_records_of_a_newer_version_are_refused_and_stay(tmp_path: Path, what: str) -> None:
+    drive(tmp_path, 1, day=0)
+    if what == "base":
+        upkeep.compact(ledger(tmp_path))
+    drive(tmp_path, 2, day=1)
+    city = tmp_path / CITY
+    if what == "city":
+        values = json.loads((city / "city.json").read_text())
+        (city / "city.json").write_bytes(checked({**{k: v for k, v in values.items() if k != "sha256"}, "format": 9}))
+    else:
+        record = next(city.glob("commits/*.json" if what == "drive" else "bases/*/record.json"))
+        raw = record.read_bytes().replace(b'"format": 2', b'"format": 3')
+        name = name_of(raw)
+        if what == "drive":
+            (city / "commits" / f"{name}.json").write_bytes(raw)
+        else:
+            record.parent.rename(city / "bases" / name)
+            for copy in ("record.json", "2.record.json"):
+                (city / "bases" / name / copy).write_bytes(raw)
+            ledger(tmp_path).change_head(lambda head: replace(head, base=name))
+    before = files(tmp_path)
+    for action in (
+        lambda: CityPrior.open(tmp_path, CITY, SPEC),
+        lambda: upkeep.verify(ledger(tmp_path), repair=True),
+        lambda: upkeep.compact(ledger(tmp_path)),
+    ):
+        with pytest.raises(NmpError, match="has format [39], this nmp reads up to [24]: update nmp"):
+            action()
+    if what == "city":
+        with pytest.raises(NmpError, match="update nmp"):
+            upkeep.mend_city(Storage(city))
+    assert files(tmp_path) == before
+
+
 def test_a_crashed_drive_without_any_intact_tile_adds_nothing(tmp_path: Path) -> None:
     prior = CityPrior.open(tmp_path, CITY, SPEC, flush_interval_s=1e6)
     prior.write(Window(0, 0, 5, 5), np.ones((3, 5, 5), np.int8), np.ones((5, 5), np.uint16), SECOND)
@@ -366,7 +447,7 @@ def test_difference_counts_cells(tmp_path: Path) -> None:
     back = upkeep.difference(both, one)
     assert back.removed == (content(tmp_path)[3] > 0).sum() - book.find(first).cells
     assert 0 < back.changed <= book.find(second).cells and back.evidence < 0 and back.mean_latent > 0
-    assert upkeep.difference(both, upkeep.state_at(book, "now")) == (0, 0, 0, 0, 0.0, 0)
+    assert upkeep.difference(both, upkeep.state_at(book, "now")) == ([], 0, 0, 0, 0.0, 0)
 
 
 # -- growth -------------------------------------------------------------------------------------------------
@@ -379,17 +460,46 @@ def test_compaction_keeps_every_later_state(tmp_path: Path, kind: str) -> None:
         for seed in range(6):
             drive(tmp_path / name, seed, spec, day=seed)
             if name == "compact" and seed in (2, 4):
-                upkeep.compact(ledger(tmp_path / name), older_than_days=1)
+                upkeep.compact(ledger(tmp_path / name), older_than_days=1, keep=False)
     book = ledger(tmp_path / "compact")
     base = book.base()
     assert base is not None and len(base.drives) == 4 and len(book.drives()) == 2
     assert same(content(tmp_path / "plain", spec), content(tmp_path / "compact", spec))
-    upkeep.compact(book)
+    upkeep.compact(book, keep=False)
     assert same(content(tmp_path / "plain", spec), content(tmp_path / "compact", spec))
     # the same drives, compacted at once: the same bytes
-    upkeep.compact(ledger(tmp_path / "plain"))
+    upkeep.compact(ledger(tmp_path / "plain"), keep=False)
     assert files(tmp_path / "plain") == files(tmp_path / "compact")
     assert not list((tmp_path / "plain" / CITY / "drives").iterdir())
+
+
+@pytest.mark.parametrize("name", ["sum", "coded"])
+def test_a_compacted_city_grows_with_the_road_and_not_with_the_drives(tmp_path: Path, name: str) -> None:
+    """Eight cars along one road see the same, each with noise of its own."""
+    spec = SPECS[name]
+    y, x = np.mgrid[:128, :512] / 20.0
+    street = np.stack([60 * np.sin(x + channel) * np.cos(y - channel) for channel in range(3)])
+
+    def size_after(drives: int) -> dict[str, int]:
+        place = tmp_path / str(drives)
+        rng = np.random.default_rng(0)
+        for number in range(drives):
+            with CityPrior.open(place, CITY, spec, flush_interval_s=1e6) as prior:
+                for part in range(0, 512, 128):
+                    window = Window(0, part, 128, 128)
+                    latent, evidence = prior.read(window)
+                    seen = street[:, :, part : part + 128] + rng.normal(0, 3, (3, 128, 128))
+                    mean = np.rint((latent * evidence.astype(float) + seen * 300) / (evidence + 300))
+                    prior.write(window, mean.astype(np.int8), evidence + np.uint16(300), (number + 1) * DAY)
+        apart = Storage(place / CITY / "drives").size()
+        upkeep.compact(ledger(place), keep=False)
+        whole, base = Storage(place / CITY).size(), Storage(place / CITY / "bases").size()
+        assert apart and whole and base
+        return {"apart": apart, "whole": whole, "base": base}
+
+    one, eight = size_after(1), size_after(8)
+    assert eight["apart"] > 7 * one["apart"]
+    assert eight["base"] < 1.15 * one["base"] and eight["whole"] < 1.15 * one["whole"]
 
 
 def test_drives_inside_the_base_are_known(tmp_path: Path) -> None:
@@ -421,7 +531,7 @@ def test_a_reader_follows_a_compaction(tmp_path: Path, caplog: pytest.LogCapture
         drive(tmp_path, seed)
     before = content(tmp_path)
     with CityPrior.open(tmp_path, CITY, SPEC) as prior, caplog.at_level(logging.WARNING):
-        upkeep.compact(ledger(tmp_path))
+        upkeep.compact(ledger(tmp_path), keep=False)
         assert same([*prior.read(AREA)], before[:2])
     assert not caplog.records
 
@@ -437,10 +547,10 @@ def test_a_compaction_that_was_interrupted_changes_nothing(tmp_path: Path, monke
                 upkeep.compact(ledger(tmp_path))
         assert same(content(tmp_path), before) and len(ledger(tmp_path).drives()) == 3
     with monkeypatch.context() as patch:  # the base is current, nothing was deleted yet
-        patch.setattr(upkeep, "_sweep", lambda _: None)
+        patch.setattr(upkeep, "_sweep", lambda *_: None)
         upkeep.compact(ledger(tmp_path))
     assert same(content(tmp_path), before) and ledger(tmp_path).drives() == []
-    upkeep.compact(ledger(tmp_path))
+    upkeep.compact(ledger(tmp_path), keep=False)
     assert not list((tmp_path / CITY / "drives").iterdir())
 
 
@@ -468,7 +578,7 @@ def test_a_corrupt_record_is_reported_and_comes_back(tmp_path: Path, caplog: pyt
 
 def test_every_file_of_a_city_is_verified_and_spares_are_mended(tmp_path: Path) -> None:
     drive(tmp_path, 1, day=0, frames=1)
-    upkeep.compact(ledger(tmp_path))
+    upkeep.compact(ledger(tmp_path), keep=False)
     upkeep.leave_out(ledger(tmp_path), [drive(tmp_path, 2, day=1, frames=1)])
     before = files(tmp_path)
     for name in before:
@@ -501,6 +611,19 @@ def test_a_damaged_head_is_read_from_its_copy(tmp_path: Path, name: str) -> None
         content(tmp_path)
 
 
+def test_a_first_change_of_the_head_that_was_interrupted_is_no_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = [drive(tmp_path, seed, day=seed) for seed in range(2)]
+    upkeep.leave_out(ledger(tmp_path), before[1:])
+    (tmp_path / CITY / "head.json").unlink()  # the copy is written first
+    with caplog.at_level(logging.WARNING):
+        assert ledger(tmp_path).head().left_out == tuple(before[1:])
+        assert upkeep.verify(ledger(tmp_path)) == []
+    assert not caplog.records
+    assert upkeep.verify(ledger(tmp_path), repair=True) == [] and (tmp_path / CITY / "head.json").exists()
+
+
 @pytest.mark.parametrize("position", [777, -9], ids=["tile", "index"])
 @pytest.mark.parametrize("version", [2, 4])
 def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
@@ -512,7 +635,7 @@ def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
     book = ledger(tmp_path / "city")
     upkeep.compact(book, older_than_days=2)
     merge(tmp_path / "copy", tmp_path / "city")
-    upkeep.compact(book, older_than_days=1, keep=True)
+    upkeep.compact(book, older_than_days=1)
     base = book.base()
     assert base is not None and len(base.drives) == 3
 
@@ -536,10 +659,60 @@ def test_tiles_are_mended_from_what_a_base_was_made_of_or_another_copy(
         return whole and upkeep.verify(ledger(tmp_path / city)) == []
 
     assert mended("city", f"bases/{base.id}")
-    upkeep.compact(book)  # nothing is kept from here on
+    upkeep.compact(book, keep=False)
     assert mended("city", "bases", other="copy")
     merge(tmp_path / "third", tmp_path / "copy")
     assert mended("copy", "drives", other="third")
+
+
+def test_a_base_is_mended_by_default_until_the_next_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    city = tmp_path / CITY
+    old = [drive(tmp_path, seed, day=seed) for seed in range(2)]
+    before = content(tmp_path)
+    assert "the next compaction deletes that" in run(capsys, "compact", city, "--older-than", 0)
+    assert sorted(path.name for path in (city / "drives").iterdir()) == sorted(old)
+    assert [len(record.drives) for record in ledger(tmp_path).active()] == [2]
+    flip_a_bit(next((city / "bases").rglob("c/0/*/*")))
+    assert "repaired" in run(capsys, "verify", city, "--repair") and same(content(tmp_path), before)
+
+    first = ledger(tmp_path).head().base
+    run(capsys, "compact", city, "--older-than", 0)  # there is nothing to fold: what is kept stays
+    assert len(list((city / "drives").iterdir())) == 2
+    new = drive(tmp_path, 5, day=5)
+    before = content(tmp_path)
+    run(capsys, "compact", city, "--older-than", 0)
+    assert [path.name for path in (city / "drives").iterdir()] == [new]
+    assert {path.name for path in (city / "bases").iterdir()} == {first, ledger(tmp_path).head().base}
+    flip_a_bit(next((city / "bases" / ledger(tmp_path).head().base).rglob("c/0/*/*")))
+    assert "repaired" in run(capsys, "verify", city, "--repair") and same(content(tmp_path), before)
+
+    run(capsys, "compact", city, "--older-than", 0, "--drop")
+    assert not list((city / "drives").iterdir()) and len(list((city / "bases").iterdir())) == 1
+    flip_a_bit(next((city / "bases").rglob("c/0/*/*")))
+    assert "1 damaged parts" in run(capsys, "verify", city, "--repair", code=2)
+
+
+def test_what_is_kept_to_mend_a_base_is_verified_as_well(tmp_path: Path) -> None:
+    drive(tmp_path, 1, day=0, frames=1)
+    upkeep.compact(ledger(tmp_path))
+    drive(tmp_path, 2, day=1, frames=1)
+    upkeep.compact(ledger(tmp_path))
+    base = ledger(tmp_path).head().base
+    kept = {name for name in files(tmp_path) if "/drives/" in name or "/bases/" in name and base not in name}
+    assert sum("/c/" not in name for name in kept) == 5, "of a base and a drive: records and copies, zarr.json, tiles"
+    before = files(tmp_path)
+    for name in sorted(kept):
+        file = tmp_path / name
+        flip_a_bit(file, 1234)
+        assert upkeep.verify(ledger(tmp_path, read_only=True)), name
+        mended = upkeep.verify(ledger(tmp_path), repair=True)
+        assert {finding.repaired for finding in mended} == {"/c/" not in name}, name
+        # a record without a copy is what tells what the tiles are: they go with it
+        assert file.exists() == ("/drives/" not in name or "record" not in name)
+        shutil.rmtree(tmp_path / CITY)
+        for path, raw in before.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(raw)
 
 
 @pytest.mark.parametrize("older", ["from", "into"])
@@ -616,10 +789,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = content(tmp_path)
     assert [e["id"] for e in json.loads(run(capsys, "log", city, "--json"))] == ids
     table = run(capsys, "log", city)
-    assert "car 1" in table and "1997-05-20" in table and len(table.splitlines()) == 4
+    assert "car 1" in table and "1997-05-20" in table and table.count("abc123") == 3 and len(table.splitlines()) == 4
     shown = json.loads(run(capsys, "show", city, "--json"))
     assert (shown["drives"], shown["fingerprint"], shown["location"]) == (3, "abc123", CITY)
     assert "car 2" in run(capsys, "show", city, ids[2][:6])
+    first = ledger(tmp_path).find(ids[0])
+    listed = json.loads(run(capsys, "show", city, ids[0][:8], "--tiles", "--json"))["tile_list"]
+    assert [(tile["row"], tile["col"], tile["cells"]) for tile in listed] == [row[:3] for row in first.tiles.tolist()]
+    assert all(tile["x_min_m"] == pytest.approx(tile["col"] * TILE * 0.3) for tile in listed)
+    assert len(run(capsys, "show", city, ids[0][:8], "--tiles").splitlines()) == 14 + len(listed) + 1
+    assert "give the beginning of its id" in run(capsys, "show", city, "--tiles", code=2)
+    found = json.loads(run(capsys, "diff", city, "empty", ids[0], "--json"))
+    assert found["tiles"] == len(listed) and [tile["added"] for tile in found["tile_list"]] == [
+        t["cells"] for t in listed
+    ]
+    assert found["tile_list"][0]["y_max_m"] == pytest.approx((found["tile_list"][0]["row"] + 1) * TILE * 0.3)
+    assert "tile_list" not in run(capsys, "diff", city, "empty", "now")
     assert json.loads(run(capsys, "diff", city, "empty", "now", "--json"))["added"] == (before[3] > 0).sum()
 
     archive = tmp_path / "city.zip"
@@ -637,8 +822,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run(capsys, "rollback", city, "--drop", ids[1])
     assert "0 drives came in" in run(capsys, "merge", city, tmp_path / "new" / CITY)
 
-    assert "holds 2 drives" in run(capsys, "compact", city)
-    assert "nothing to compact" in run(capsys, "compact", city)
+    assert "none 7 days older than the newest" in run(capsys, "compact", city)
+    assert "holds 2 drives" in run(capsys, "compact", city, "--older-than", 0)
+    assert "nothing to compact" in run(capsys, "compact", city, "--older-than", 0)
     run(capsys, "export", city, "--out", tmp_path / "base.zip")
     assert "and the base" in run(capsys, "import", tmp_path / "third" / CITY, tmp_path / "base.zip")
     assert same(content(tmp_path / "third"), content(tmp_path))
@@ -678,17 +864,55 @@ def test_the_command_says_what_is_wrong(
 # -- ahead of the car ---------------------------------------------------------------------------------------
 
 
-def test_prefetch_brings_in_what_lies_ahead(tmp_path: Path) -> None:
+def test_prefetch_brings_in_what_lies_ahead_in_the_order_in_which_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = np.ones((3, 1, 1), np.int8), np.ones((1, 1), np.uint16)
     with CityPrior.open(tmp_path, CITY, SPEC) as prior:
         for tile in range(-8, 9):
             prior.write(Window(0, tile * TILE, 1, 1), *one, SECOND)
+    loaded: list[int] = []
+    load = State.load
+
+    def spy(state: State, keys: Iterable[Key]) -> dict[Key, Cells]:
+        found = load(state, keys)
+        loaded.extend(col for _, col in found)
+        return found
+
+    monkeypatch.setattr(State, "load", spy)
     with CityPrior.open(tmp_path, CITY, SPEC, read_only=True) as prior:
-        prior.prefetch(0.0, 0.0, 0.0)
-        deadline = time.monotonic() + 5
-        while prior.statistics()["resident_tiles"] < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert 4 <= prior.statistics()["resident_tiles"] <= 6
-        assert prior.read(Window(0, 0, 1, 6 * TILE))[1].sum() == 6
+        prior.read(Window(0, 0, 1, TILE))
+        for x, heading, seen in ((0.0, 0.0, [0, -1, 1, 2, 3, 4]), (-9.0, np.pi, [-2, -3, -4, -5, -6])):
+            loaded.clear() if x else None
+            prior.prefetch(x, 0.0, heading)
+            deadline = time.monotonic() + 5
+            while len(loaded) < len(seen) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert loaded == seen
+        assert prior.read(Window(0, 0, 1, 5 * TILE))[1].sum() == 5 and len(loaded) == 5, "all in memory"
         with pytest.raises(NmpError, match="not finite"):
             prior.prefetch(float("nan"), 0.0, 0.0)
+
+
+def test_a_drive_that_goes_on_reads_from_memory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the first window is there, what a car comes to was folded in the background."""
+    for seed in range(3):
+        drive(tmp_path, seed, CODED)
+    waited_for: list[Key] = []
+    load = CityPrior._load
+
+    def spy(prior: CityPrior, keys: list[Key]) -> dict[Key, Tile]:
+        found = load(prior, keys)
+        waited_for.extend(found)
+        return found
+
+    monkeypatch.setattr(CityPrior, "_load", spy)
+    with CityPrior.open(tmp_path, CITY, CODED) as prior:
+        places = set(map(tuple, prior.places().tolist()))
+        for x in range(-60, 60, 2):
+            prior.prefetch(x, 0.0, 0.0)
+            prior.read(Window.around(x, 0.0, 0.3, 100, 100))
+            if x == -60:
+                waited_for.clear()
+            time.sleep(0.02)
+    assert len(places) > 8 and not waited_for

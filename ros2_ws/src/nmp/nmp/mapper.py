@@ -348,10 +348,10 @@ class OnlineMapper:
         )
 
     def prior_size(self) -> dict[str, int]:
-        """Return how many tiles the open cities have, and how much of them is in memory or not saved yet."""
+        """Return how many tiles the open cities have, and how many are in memory, not saved yet, or damaged."""
         self.settle()
         sizes = [city.statistics() for city in list(self._cities.values())]
-        names = ("tiles", "dirty_tiles", "resident_bytes", "bytes_on_disk")
+        names = ("tiles", "dirty_tiles", "damaged_tiles", "resident_bytes")
         return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
 
     def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None:

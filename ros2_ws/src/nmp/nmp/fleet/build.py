@@ -17,7 +17,7 @@ from nmp.fleet.worker import Looked, Mapped, recordings_in
 from nmp.prior.ledger import Ledger, exists
 from nmp.prior.storage import Lock, Place, Storage
 from nmp.prior.tiles import Key
-from nmp.prior.upkeep import digests
+from nmp.prior.upkeep import compact, digests
 from nmp.replay import THREADS
 
 Spot = tuple[str, Key]
@@ -43,6 +43,8 @@ class Built:
     """how many times faster than one worker any number of them can be, with these drives"""
     late: int = 0
     """drives that are older than some that the city held already where they pass"""
+    compacted: int = 0
+    """drives that were folded into the bases of their cities"""
     bad: dict[Path, str] = field(default_factory=dict)
     """why nothing could be made of a bag"""
 
@@ -57,6 +59,7 @@ def build(
     address: str = "",
     threads: int = THREADS,
     skip_bad: bool = False,
+    compact_days: float | None = None,
 ) -> Built:
     """Map recorded drives into the cities below ``prior``; the number of workers makes no difference to the result.
 
@@ -68,6 +71,8 @@ def build(
     :param address: of a Ray cluster; bags and prior are then in folders that all its machines share
     :param threads: of the CPU in each worker
     :param skip_bad: go on without bags of which nothing can be made
+    :param compact_days: compact the cities of these drives in the end, but for drives that began within so many days
+        before the newest one
 
     Raises :class:`NmpError` for bad bags, all named in one message, and when the prior cannot be used or another build
     is at work on it. Drives that were committed until then stay.
@@ -85,7 +90,13 @@ def build(
         begin = time.monotonic()
         _map(pool, plan, drives, built, skip_bad)
         built.seconds = time.monotonic() - begin
-    _refuse(built.bad, len(bags), skip_bad)
+        _refuse(built.bad, len(bags), skip_bad)
+        if compact_days is not None:
+            for location in sorted({drive.location for drive in surveys}):
+                ledger = Ledger.open(Storage(prior).below(location))
+                before = len(ledger.drives())
+                compact(ledger, compact_days)
+                built.compacted += before - len(ledger.drives())
     return built
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nmp.errors import NmpError
 from nmp.prior.storage import place_of
+from nmp.prior.upkeep import HORIZON_DAYS
 
 
 def add_arguments(actions: Any) -> None:
@@ -26,6 +27,14 @@ def add_arguments(actions: Any) -> None:
         help="CPU threads of a worker; the same number gives the same bytes (default: that of nmp map)",
     )
     sub.add_argument("--skip-bad", action="store_true", help="go on without bags of which nothing can be made")
+    sub.add_argument(
+        "--compact",
+        type=float,
+        nargs="?",
+        const=HORIZON_DAYS,
+        metavar="DAYS",
+        help=f"then compact the cities: drives so much older than the newest one (default: {HORIZON_DAYS:g})",
+    )
     sub.set_defaults(act=run)
 
 
@@ -34,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("workers", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise NmpError(f"--{name} is {value}: give at least 1")
+    if args.compact is not None and not args.compact >= 0:
+        raise NmpError(f"--compact is {args.compact} days: give 0 or more")
     # not above: the other actions of nmp prior need none of it
     from nmp.fleet.build import build
     from nmp.replay import THREADS
@@ -47,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         address=args.address,
         threads=args.threads or THREADS,
         skip_bad=args.skip_bad,
+        compact_days=args.compact,
     )
     for bag, problem in sorted(built.bad.items()):
         print(f"left out {bag}: {problem}")
@@ -59,3 +71,5 @@ def run(args: argparse.Namespace) -> None:
         f"{args.prior}: {built.drives} drives came in ({built.frames} frames in {built.seconds:.1f} s, {built.dropped} "
         f"dropped), {built.known} were known; more than {built.speedup:.1f} workers make no difference"
     )
+    if args.compact is not None:
+        print(f"{built.compacted} drives were folded into the bases of their cities")

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ from nmp.prior.drive import OpenDrive, Tile
 from nmp.prior.ledger import Compacted, Ledger, State
 from nmp.prior.record import Record
 from nmp.prior.storage import Place, Storage
-from nmp.prior.tiles import Block, Key, blocks, bounds
+from nmp.prior.tiles import Block, Key, blocks, bounds, keys_of
 from nmp.prior.window import PriorSpec, Window
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ _log = logging.getLogger(__name__)
 _BATCH = 8
 _AHEAD_M = 80.0
 """how far along the heading tiles are fetched, m"""
+_STRIDE_M = 10.0
+"""from one of the windows to the next that a car will come to on the way, m"""
+_SHARED = 4
+"""tiles from which on two threads load them: those of a first read, for which a car waits"""
 
 
 class CityPrior:
@@ -53,6 +58,8 @@ class CityPrior:
         self._ledger = ledger
         self._state = State(ledger, ledger.active()) if ledger is not None else None
         self._drive = drive
+        self._created: set[Key] = set()
+        """tiles of the own drive that no drive before had"""
         self._cache = TileCache(limit)
         # the other half is for tiles that can be dropped at once
         self._dirty_limit = limit // 2
@@ -62,7 +69,10 @@ class CityPrior:
         """why the last save failed; empty when everything was saved"""
         self._closed = False
         self._stop = threading.Event()
-        self._wanted: Window | None = None
+        self._way: tuple[float, float, float] | None = None
+        """where the car is and where it heads: x, y (m) and yaw (rad), for what to fetch next"""
+        self._reach = 0, 0
+        """rows and columns of the last window that was read"""
         self._fetch = threading.Event()
         self._threads: list[threading.Thread] = []
         if drive is not None:
@@ -137,6 +147,7 @@ class CityPrior:
         latent.fill(0)
         evidence.fill(0)
         with self._guard:
+            self._reach = window.shape
             for block, tile in self._tiles_of(window):
                 rows, cols = block.in_window
                 tile_rows, tile_cols = block.in_tile
@@ -161,16 +172,15 @@ class CityPrior:
         return counts
 
     def prefetch(self, x: float, y: float, heading: float) -> None:
-        """Bring the tiles that lie up to 80 m ahead of (x, y) (m, map frame) into memory, in the background.
+        """Bring the tiles of the next windows on the way into memory, in the background, the nearest first.
 
-        ``heading`` is the yaw in the map frame (rad). What cannot be read is left to :meth:`read`, which reports it.
+        These are windows like the last one that was read, up to 80 m ahead of (x, y) (m, map frame) along ``heading``,
+        the yaw in the map frame (rad). What cannot be read is left to :meth:`read`, which reports it.
         """
         if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(heading)):
             raise NmpError(f"pose ({x}, {y}, {heading}) is not finite: check the localisation")
         self._check_open()
-        cells = round(_AHEAD_M / self.spec.cell)
-        ahead_x, ahead_y = (x + _AHEAD_M * math.cos(heading), y + _AHEAD_M * math.sin(heading))
-        self._wanted = Window.around(ahead_x, ahead_y, self.spec.cell, cells, cells)
+        self._way = x, y, heading
         with self._guard:
             if self._closed:
                 return
@@ -219,6 +229,8 @@ class CityPrior:
                 if tile is None:
                     tile = Tile(Cells(self.spec.channels), self.spec)
                     self._cache.put(block.key, tile)
+                    if self._state is not None and not self._state.existing([block.key]):
+                        self._created.add(block.key)
                 rows, cols = block.in_window
                 values = latent[:, rows, cols], evidence[rows, cols], seconds, mask[rows, cols]
                 tile.store(block.in_tile, *values)
@@ -242,16 +254,24 @@ class CityPrior:
         return self._state.places() if self._state is not None else np.empty((0, 2), np.int64)
 
     def statistics(self) -> dict[str, int]:
-        """Return counts of tiles (all, resident, dirty = unsaved) and of bytes (stored for the city, resident)."""
+        """Return counts of tiles (all, resident, dirty = unsaved, damaged) and of bytes (resident).
+
+        However large the city is, this looks at nothing that is stored: it may be asked for while frames are mapped.
+        """
         self._check_open()
         with self._guard:
             return {
-                "tiles": len(self._keys()),
+                "tiles": (len(self._state) if self._state is not None else 0) + len(self._created),
                 "resident_tiles": len(self._cache),
                 "dirty_tiles": len(self._cache.dirty),
+                "damaged_tiles": self._ledger.damaged_tiles if self._ledger is not None else 0,
                 "resident_bytes": self._cache.resident_bytes,
-                "bytes_on_disk": self._ledger.storage.size() if self._ledger else 0,
             }
+
+    @property
+    def damage(self) -> str:
+        """What was wrong with the tile that was found damaged last, and where it lies; empty when none was."""
+        return self._ledger.last_damage if self._ledger is not None else ""
 
     def flush(self) -> None:
         """Save every change made so far; it is synced to disk when this returns.
@@ -351,29 +371,26 @@ class CityPrior:
         """Return those of the tiles that are stored: as the own drive left them, or as the drives before did."""
         own = self._drive.load(keys) if self._drive is not None else {}
         others = [key for key in keys if key not in own]
-        committed = self._committed(others)
-        return own | {key: Tile(cells, self.spec) for key, cells in committed.items()}
+        return own | {key: Tile(cells, self.spec) for key, cells in self._committed(others).items()}
 
     def _committed(self, keys: list[Key]) -> dict[Key, Cells]:
         if self._state is None or self._ledger is None:
             return {}
         try:
-            return self._state.load(keys)
+            return _loaded(self._state, keys)
         except Compacted:
             self._state = State(self._ledger, self._ledger.active())
-            return self._state.load(keys)
+            self._created -= set(self._state.existing(list(self._created)))
+            return _loaded(self._state, keys)
 
     def _fetch_ahead(self) -> None:
         """Load what :meth:`prefetch` asked for, until told to stop."""
         while self._fetch.wait() and not self._stop.is_set():
             self._fetch.clear()
-            window = self._wanted
-            if window is None:
-                continue
-            with self._guard:
-                saved = self._drive.saved if self._drive is not None else set()
-                keys = [b.key for b in blocks(window) if b.key not in self._cache and b.key not in saved]
-            for key in keys:
+            for key in self._ahead():
+                with self._guard:  # a read that loads tiles itself comes first
+                    if key in self._cache or self._is_own(key):
+                        continue
                 try:
                     # without the guard: reading and writing go on. Committed drives never change meanwhile.
                     found = self._committed([key])
@@ -382,9 +399,30 @@ class CityPrior:
                     break
                 with self._guard:
                     for place, cells in found.items():
-                        if place not in self._cache and (self._drive is None or place not in self._drive.saved):
+                        if place not in self._cache and not self._is_own(place):
                             self._cache.put(place, Tile(cells, self.spec))
                     self._cache.shrink()
+                if self._fetch.is_set():  # the car has moved on, and something else may be nearest
+                    break
+
+    def _is_own(self, key: Key) -> bool:
+        """Tell whether the own drive has saved a tile: it is not as others left it."""
+        return self._drive is not None and key in self._drive.saved
+
+    def _ahead(self) -> list[Key]:
+        """Return the committed tiles on the way that are not in memory, in the order in which the car needs them."""
+        if self._way is None or self._state is None:
+            return []
+        x, y, heading = self._way
+        rows, cols = (size or round(_AHEAD_M / self.spec.cell) for size in self._reach)
+        wanted: dict[Key, None] = {}  # a dict, because it keeps their order
+        for step in range(round(_AHEAD_M / _STRIDE_M) + 1):
+            along = step * _STRIDE_M
+            place = x + along * math.cos(heading), y + along * math.sin(heading)
+            wanted.update(dict.fromkeys(keys_of(Window.around(*place, self.spec.cell, rows, cols))))
+        with self._guard:
+            absent = [key for key in wanted if key not in self._cache]
+        return self._state.existing(absent)
 
     # -- saving ---------------------------------------------------------------------------------------------
 
@@ -489,3 +527,13 @@ class CityPrior:
                     f"{name} for the prior is {array.dtype} {list(array.shape)}: "
                     f"pass {np.dtype(dtype).name} {list(shape)}"
                 )
+
+
+def _loaded(state: State, keys: list[Key]) -> dict[Key, Cells]:
+    """Return those of the tiles that exist; two threads fold them where there are many."""
+    there = state.existing(keys)
+    if len(there) < _SHARED:
+        return state.load(there)
+    with ThreadPoolExecutor(1) as helper:
+        half = helper.submit(state.load, there[1::2])
+        return state.load(there[::2]) | half.result()

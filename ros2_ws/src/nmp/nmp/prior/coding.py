@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nmp.prior.cells import Cells
 
 BLOCK = 8
+_SIZE = BLOCK * BLOCK
 _BLOCKS = TILE // BLOCK
 _SECONDS = 64
 """resolution of the time at which a cell was last seen, s"""
@@ -44,6 +45,7 @@ _IN_BITS, _FORWARD_BITS, _BACK_BITS, _COSINE_BITS = 6, 20, 8, 12
 """fractional bits: of values before the cosine transform, of the two matrices, of the cosines"""
 
 Array = NDArray[np.float64]
+_Number = TypeVar("_Number", bound=np.generic)
 product = np.matmul
 """takes whole numbers whose sums stay below 2^53"""
 
@@ -140,18 +142,23 @@ class Coding:
     ) -> NDArray[np.uint8]:
         """Return the planes [components + 2, 64, 64] of a tile's cells."""
         planes = np.zeros((self.planes, TILE, TILE), np.uint8)
+        evidence, last_seen_s, traversals = _by_block(evidence), _by_block(last_seen_s), _by_block(traversals)
         root = np.rint(np.sqrt(evidence.astype(np.float64) * _UNIT))
-        codes = np.rint(_cosines(root[None]) / (self.evidence_step * _UNIT * 2.0 ** (2 * _COSINE_BITS)))
-        planes[-2:-1] = _sorted(codes)
+        planes[-2] = _bytes(np.rint(_cosines(root) / (self.evidence_step * _UNIT * 2.0 ** (2 * _COSINE_BITS))))
         known, trust = self._trust(planes[-2])
-        centred = (latent - np.array(self.mean, np.float64)[:, None, None]) * (trust * (evidence > 0))
-        mixed = product(self._forward.reshape(-1, self.channels), centred.reshape(self.channels, -1))
-        values = np.rint(mixed / (2.0 ** (_FORWARD_BITS - _IN_BITS) * _TRUST)).reshape(-1, TILE, TILE)
-        steps = _cosines(values) / 2.0 ** (_IN_BITS + 2 * _COSINE_BITS)
-        planes[:-2] = _sorted(np.sign(steps) * np.floor(np.abs(steps) + _ROUND_UP))
+        centred = _by_block(latent) - np.array(self.mean, np.float64)[:, None, None]
+        centred *= trust * (evidence > 0)
+        values = product(self._forward.reshape(-1, self.channels), centred.reshape(self.channels, -1))
+        values *= 2.0 ** (_IN_BITS - _FORWARD_BITS) / _TRUST
+        steps = _cosines(np.rint(values, out=values))
+        steps *= 2.0 ** -(_IN_BITS + 2 * _COSINE_BITS)
+        sizes = np.abs(steps)
+        sizes += _ROUND_UP
+        np.floor(sizes, out=sizes)
+        planes[:-2] = _bytes(np.copysign(sizes, steps, out=sizes)).reshape(-1, TILE, TILE)
         there = (last_seen_s > 0) & (known > 0)
-        seconds = _largest(np.where(there, last_seen_s // _SECONDS + 1, 0)).astype("<u4")
-        visits = _largest(np.where(there, traversals, 0)).astype("<u2")
+        seconds = np.where(there, last_seen_s // _SECONDS + 1, 0).max(1).astype("<u4")
+        visits = np.where(there, traversals, 0).max(1).astype("<u2")
         planes[-1, :4] = seconds.reshape(-1, 1).view(np.uint8).T
         planes[-1, 4:6] = visits.reshape(-1, 1).view(np.uint8).T
         return planes if planes[-1].any() else np.zeros_like(planes)
@@ -164,24 +171,30 @@ class Coding:
         The evidence comes first: it says how exactly the latents are written.
         """
         known, trust = self._trust(planes[-2])
-        values = np.rint(_cells(_unsorted(planes[:-2])) / 2.0 ** (2 * _COSINE_BITS - _IN_BITS))
+        values = _values(planes[:-2])
+        values *= 2.0 ** (_IN_BITS - 2 * _COSINE_BITS)
+        np.rint(values, out=values)
         mixed = product(self._back.reshape(self.channels, -1), values.reshape(self.components, -1))
-        scale = 2.0 ** (_BACK_BITS + _IN_BITS) * np.maximum(trust, 1) / _TRUST
-        latent = mixed.reshape(-1, TILE, TILE) / scale + np.array(self.mean, np.float64)[:, None, None]
-        seconds = np.ascontiguousarray(planes[-1, :4].T).view("<u4")[:, 0].astype(np.uint32)
-        visits = np.ascontiguousarray(planes[-1, 4:6].T).view("<u2")[:, 0].astype(np.uint16)
-        times = np.where(seconds > 0, np.maximum((np.maximum(seconds, 1) - 1) * _SECONDS, 1), 0)
+        latent = mixed.reshape(self.channels, *trust.shape)
+        latent /= 2.0 ** (_BACK_BITS + _IN_BITS) * np.maximum(trust, 1) / _TRUST
+        latent += np.array(self.mean, np.float64)[:, None, None]
+        whole = np.rint(latent, out=latent).astype(np.int32)
         there = known > 0
+        codes = np.clip(whole, -127, 127, out=whole).astype(np.int8)
+        codes *= there
+        seconds = np.ascontiguousarray(planes[-1, :4].T).view("<u4").astype(np.uint32)
+        visits = np.ascontiguousarray(planes[-1, 4:6].T).view("<u2").astype(np.uint16)
+        times = np.where(seconds > 0, np.maximum((np.maximum(seconds, 1) - 1) * _SECONDS, 1), 0)
         return (
-            (np.rint(latent).clip(-127, 127) * there).astype(np.int8),
-            known,
-            (_spread(times) * there).astype(np.uint32),
-            (_spread(visits) * there).astype(np.uint16),
+            _by_cell(codes),
+            _by_cell(known),
+            _by_cell((times * there).astype(np.uint32)),
+            _by_cell((visits * there).astype(np.uint16)),
         )
 
     def _trust(self, plane: NDArray[np.uint8]) -> tuple[NDArray[np.uint16], Array]:
-        """Return the evidence that a plane of codes stands for, and the weight of each cell in 1/128."""
-        root = np.rint(_cells(_unsorted(plane[None]))[0] * (self.evidence_step * _UNIT) / 2.0 ** (2 * _COSINE_BITS))
+        """Return the evidence that a plane of codes stands for, and the weight of each cell in 1/128, by block."""
+        root = np.rint(_values(plane) * (self.evidence_step * _UNIT) / 2.0 ** (2 * _COSINE_BITS))
         evidence = np.floor(root * root / _UNIT).clip(0, 65535)
         evidence[root < _FAINTEST] = 0
         return evidence.astype(np.uint16), np.rint(_TRUST * evidence / (evidence + _UNIT))
@@ -245,55 +258,60 @@ def unpack(text: str) -> Array:
 
 
 # -- blocks -------------------------------------------------------------------------------------------------
+#
+# By block, the cells of a tile are [..., block, place in the block]: the cosine transform of all blocks is then one
+# product of matrices, and so is what is done to the channels. What comes out lies as it is written, [frequency, ...,
+# block].
 
 
 def _table() -> Array:
-    """Return the cosine transform of 8 values, orthonormal but for rounding, in 2^-12."""
+    """Return the cosine transform [frequency, place] of a block, orthonormal but for rounding, in 2^-24.
+
+    The lowest frequencies come first.
+    """
     k = np.arange(BLOCK)
     table = np.sqrt(2 / BLOCK) * np.cos(np.pi * (2 * k + 1) * k[:, None] / (2 * BLOCK))
     table[0] /= np.sqrt(2)
-    whole: Array = np.rint(table * 2.0**_COSINE_BITS)
-    return whole
+    whole = np.rint(table * 2.0**_COSINE_BITS)
+    order = sorted(range(_SIZE), key=lambda n: (n // BLOCK + n % BLOCK, n))
+    both: Array = np.kron(whole, whole)[order]
+    return both
 
 
 _COSINES = _table()
-_ORDER = np.array(sorted(range(BLOCK * BLOCK), key=lambda n: (n // BLOCK + n % BLOCK, n)))
-"""frequencies, the lowest first"""
-_PLACE = np.argsort(_ORDER)
 
 
 def _cosines(values: Array) -> Array:
-    """Transform each block of [N, 64, 64]: [N, block row, frequency, block column, frequency]."""
-    rows = product(_COSINES, values.reshape(-1, BLOCK, TILE))
-    return product(rows.reshape(-1, BLOCK), _COSINES.T).reshape(-1, _BLOCKS, BLOCK, _BLOCKS, BLOCK)
+    """Return the cosine transform [frequency, N] of values by block, [N, 64] in any shape, times 2^24."""
+    return product(_COSINES, values.reshape(-1, _SIZE).T)
 
 
-def _cells(codes: Array) -> Array:
-    """Return the cells [N, 64, 64] of what :func:`_cosines` returned."""
-    rows = product(_COSINES.T, codes.reshape(-1, BLOCK, TILE))
-    return product(rows.reshape(-1, BLOCK), _COSINES).reshape(-1, TILE, TILE)
+def _values(planes: NDArray[np.uint8]) -> Array:
+    """Return by block, [N, 64], the values whose cosine transform :func:`_bytes` wrote, times 2^24."""
+    codes = np.ascontiguousarray(planes).view(np.int8).reshape(_SIZE, -1)
+    used = np.flatnonzero(codes.any(1))  # of most tiles the high frequencies are zero
+    count = int(used[-1]) + 1 if len(used) else 1
+    return product(codes[:count].astype(np.float64).T, _COSINES[:count])
 
 
-def _sorted(codes: Array) -> NDArray[np.uint8]:
-    """Return codes as planes [N, 64, 64] of bytes: all blocks' lowest frequency of all planes first, zeros last."""
-    whole = codes.clip(-127, 127).astype(np.int8).transpose(0, 2, 4, 1, 3).reshape(len(codes), BLOCK * BLOCK, -1)
-    ordered = np.ascontiguousarray(whole[:, _ORDER].transpose(1, 0, 2))
-    return ordered.view(np.uint8).reshape(len(codes), TILE, TILE)
+def _bytes(codes: Array) -> NDArray[np.uint8]:
+    """Return codes [frequency, N] as planes of bytes, [64, 64] or as many: in this order zeros come last."""
+    whole = codes.astype(np.int32)
+    return np.clip(whole, -127, 127, out=whole).astype(np.int8).view(np.uint8).reshape(-1, TILE)
 
 
-def _unsorted(planes: NDArray[np.uint8]) -> Array:
-    """Return the codes that :func:`_sorted` put in order."""
-    ordered = np.ascontiguousarray(planes).view(np.int8).reshape(BLOCK * BLOCK, len(planes), -1).transpose(1, 0, 2)
-    whole = ordered[:, _PLACE].reshape(-1, BLOCK, BLOCK, _BLOCKS, _BLOCKS).transpose(0, 3, 1, 4, 2)
-    return np.ascontiguousarray(whole, np.float64)
+def _by_block(values: NDArray[_Number]) -> NDArray[_Number]:
+    """Return cells [..., 64, 64] by block."""
+    rows = _row_of_a_block(values.reshape(*values.shape[:-2], _BLOCKS, BLOCK, _BLOCKS, BLOCK))
+    return rows.swapaxes(-3, -2).copy().view(values.dtype).reshape(*values.shape[:-2], -1, _SIZE)
 
 
-def _largest(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the largest value of each block, [blocks]."""
-    largest: NDArray[Any] = values.reshape(_BLOCKS, BLOCK, _BLOCKS, BLOCK).max(axis=(1, 3)).ravel()
-    return largest
+def _by_cell(values: NDArray[_Number]) -> NDArray[_Number]:
+    """Return what lies by block as cells [..., 64, 64]."""
+    rows = _row_of_a_block(values.reshape(*values.shape[:-2], _BLOCKS, _BLOCKS, BLOCK, BLOCK))
+    return rows.swapaxes(-3, -2).copy().view(values.dtype).reshape(*values.shape[:-2], TILE, TILE)
 
 
-def _spread(values: NDArray[Any]) -> NDArray[Any]:
-    """Return [64, 64] cells that each hold the value of their block."""
-    return values.reshape(_BLOCKS, _BLOCKS).repeat(BLOCK, 0).repeat(BLOCK, 1)
+def _row_of_a_block(values: NDArray[_Number]) -> NDArray[Any]:
+    """Return 8 numbers of a byte that follow each other as one of 8 bytes, which moves faster; others as they are."""
+    return np.ascontiguousarray(values).view(np.uint64) if values.itemsize == 1 else values

@@ -19,7 +19,7 @@ from nmp.prior import upkeep
 from nmp.prior.ledger import Ledger
 from nmp.prior.record import Record
 from nmp.prior.storage import Storage
-from nmp.prior.tiles import bounds
+from nmp.prior.tiles import TILE, Key, bounds
 from nmp.prior.window import MERGES, PriorSpec
 
 SHORT = 12
@@ -41,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = action("show", "tell of a city, or of one drive", _show)
     show.add_argument("drive", nargs="?", metavar="ID", help="the beginning of a drive's id (default: the whole city)")
+    show.add_argument("--tiles", action="store_true", help="also list the tiles of the drive, and where they lie")
     show.add_argument("--json", action="store_true", help="print JSON")
 
     diff = action("diff", "count the cells that differ between two states of a city", _diff)
     for name in ("first", "second"):
         diff.add_argument(name, metavar="STATE", help="a drive's id (the city after it), base, empty or now")
-    diff.add_argument("--json", action="store_true", help="print JSON")
+    diff.add_argument("--json", action="store_true", help="print JSON, with the tiles in which something changed")
 
     rollback = action("rollback", "leave drives out of a city; the earlier state is back to the bit", _rollback)
     which = rollback.add_mutually_exclusive_group(required=True)
@@ -67,14 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evidence-cap", type=int, default=4096, metavar="N", help="format 1 into a new city (default: %(default)s)"
     )
 
-    merge = action("merge", "bring the drives of other copies into a city; their order makes no difference", _merge)
+    merge = action("merge", "bring the drives of other copies into a city, in any order", _merge)
     merge.add_argument("sources", nargs="+", metavar="SOURCE", help="folders or URLs of other copies of the city")
 
     compact = action("compact", "fold drives into the base, so that the size follows the road driven", _compact)
     compact.add_argument(
-        "--older-than", type=float, default=0.0, metavar="DAYS", help="only drives so much older than the newest one"
+        "--older-than",
+        type=float,
+        default=upkeep.HORIZON_DAYS,
+        metavar="DAYS",
+        help="only drives so much older than the newest one, as drives that are merged later should not be older than "
+        "those that were folded; 0 folds all (default: %(default)g)",
     )
-    compact.add_argument("--keep", action="store_true", help="delete what was folded only at the next compaction")
+    compact.add_argument(
+        "--drop",
+        action="store_true",
+        help="delete what was folded at once, and not when the next base is made: then nothing here can mend the base",
+    )
 
     render = action("render", "draw a city: its layers, evidence, age and traversals", _render)
     render.add_argument(
@@ -119,16 +129,32 @@ def _log(args: argparse.Namespace) -> None:
         _print_json([{**_facts(record), "state": state} for record, state in entries])
         return
     rows = [
-        (r.id[:SHORT], _date(r.first_ns), f"{(r.last_ns - r.first_ns) / 6e10:.1f}", _who(r), len(r.tiles), r.cells, s)
-        for r, s in entries
+        (
+            record.id[:SHORT],
+            _date(record.first_ns),
+            f"{(record.last_ns - record.first_ns) / 6e10:.1f}",
+            _who(record),
+            record.spec.fingerprint,
+            len(record.tiles),
+            record.cells,
+            state,
+        )
+        for record, state in entries
     ]
-    _print_table(("drive", "began (UTC)", "minutes", "vehicle", "tiles", "cells", ""), rows)
+    _print_table(("drive", "began (UTC)", "minutes", "vehicle", "weights", "tiles", "cells", ""), rows)
 
 
 def _show(args: argparse.Namespace) -> None:
     ledger = Ledger.open(Storage(args.city), read_only=True)
+    places: list[dict[str, Any]] = []
+    if args.tiles and not args.drive:
+        raise NmpError("--tiles lists those of one drive, or of the base: give the beginning of its id (nmp prior log)")
     if args.drive:
-        facts = _facts(ledger.find(args.drive))
+        record = ledger.find(args.drive)
+        facts = _facts(record)
+        table = record.tiles
+        rows = zip(table["row"].tolist(), table["col"].tolist(), table["cells"].tolist(), strict=True)
+        places = [{**_place((row, col), ledger.spec), "cells": cells} for row, col, cells in rows]
     else:
         active = ledger.active()
         keys = {key for record in active for key in upkeep.digests(record)}
@@ -145,11 +171,14 @@ def _show(args: argparse.Namespace) -> None:
             "extent_cells": [extent.row, extent.col, extent.rows, extent.cols] if extent else None,
         }
     if args.json:
-        _print_json(facts)
+        _print_json({**facts, "tile_list": places} if args.tiles else facts)
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         print(f"{name.replace('_', ' '):<14} {'-' if text in ('', None) else text}")
+    if args.tiles:
+        print()
+        _print_table(tuple(places[0]) if places else (), [tuple(place.values()) for place in places])
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -157,10 +186,13 @@ def _diff(args: argparse.Namespace) -> None:
     first, second = (upkeep.state_at(ledger, name) for name in (args.first, args.second))
     with _progress(len(first.keys() | second.keys()), "tile", "comparing") as step:
         found = upkeep.difference(first, second, step)
+    sums = {**found._asdict(), "tiles": len(found.tiles)}
     if args.json:
-        _print_json(found._asdict())
+        names = upkeep.TileDifference._fields[1:]
+        tiles = [{**_place(tile.key, ledger.spec), **dict(zip(names, tile[1:], strict=True))} for tile in found.tiles]
+        _print_json({**sums, "tile_list": tiles})
         return
-    for name, value in found._asdict().items():
+    for name, value in sums.items():
         print(f"{name.replace('_', ' '):<14} {value if isinstance(value, int) else round(value, 2)}")
 
 
@@ -220,6 +252,12 @@ def _merge_one(target: Storage, source: Ledger) -> None:
         done = upkeep.merge(target, source, step=step)
     base = " and the base" if done.base else ""
     print(f"{source.storage.name}: {len(done.drives)} drives{base} came in, {done.known} were known")
+    if done.late:
+        names = ", ".join(record.id[:SHORT] for record in done.late)
+        print(
+            f"{len(done.late)} drives are older than the base where they pass ({names}): they are folded on top of it, "
+            "so copies that were compacted at other times can differ by rounding"
+        )
 
 
 def _compact(args: argparse.Namespace) -> None:
@@ -228,12 +266,16 @@ def _compact(args: argparse.Namespace) -> None:
     ledger = Ledger.open(Storage(args.city))
     before = ledger.storage.size()
     with _progress(None, "tile", "compacting") as step:
-        base = upkeep.compact(ledger, args.older_than, keep=args.keep, step=step)
+        base = upkeep.compact(ledger, args.older_than, keep=not args.drop, step=step)
     if base is None:
-        print("nothing to compact")
+        apart = len(ledger.drives())
+        print(f"nothing to compact: {apart} drives, none {args.older_than:g} days older than the newest (--older-than)")
         return
-    after = ledger.storage.size()
-    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives: {before / 1e6:.2f} MB became {after / 1e6:.2f} MB")
+    after, own = ledger.storage.size(), ledger.storage.below(ledger.folder_of(base)).size()
+    print(f"base {base.id[:SHORT]} holds {len(base.drives)} drives" + (f", {own / 1e6:.2f} MB" if own else ""))
+    if before and after:
+        rest = "" if args.drop else ", with what the base was made of: the next compaction deletes that (or --drop)"
+        print(f"the city had {before / 1e6:.2f} MB, and has {after / 1e6:.2f}{rest}")
 
 
 def _render(args: argparse.Namespace) -> None:
@@ -321,6 +363,13 @@ def _facts(record: Record) -> dict[str, Any]:
         "dropped": list(record.dropped),
         "recordings": list(record.recordings),
     }
+
+
+def _place(key: Key, spec: PriorSpec) -> dict[str, Any]:
+    """Return which tile it is, and the rectangle that it covers in the map frame, m."""
+    (row, col), edge = key, TILE * spec.cell
+    corners = {"x_min_m": col * edge, "y_min_m": row * edge, "x_max_m": (col + 1) * edge, "y_max_m": (row + 1) * edge}
+    return {"row": row, "col": col, **{name: round(value, 3) for name, value in corners.items()}}
 
 
 def _date(stamp_ns: int) -> str:

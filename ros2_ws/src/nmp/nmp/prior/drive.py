@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nmp.errors import NmpError
 from nmp.prior.cells import FIELD_PLANES, Cells, from_planes, on_grid, to_planes
 from nmp.prior.ledger import Ledger
-from nmp.prior.record import Record, checked, tile_table, unchecked
+from nmp.prior.record import Newer, Record, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import TILE, Key
 from nmp.prior.tileset import Planes, TileSet
@@ -286,7 +286,7 @@ class OpenDrive:
             blob = self._tiles.blob(key)
             aside = "" if reason == "vanished" else self._tiles.storage.put_aside(blob)
             what = "has vanished" if reason == "vanished" else f"is corrupt ({reason}), kept as {aside}"
-            self.ledger.tell(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
+            self.ledger.tell_tile(f"tile {key} of the drive under way", f"{what}; it counts as unknown: {blob}")
 
         wanted = [key for key in keys if key in self.saved]
         return {key: self._unpack(planes, self.ledger.spec) for key, planes in self._tiles.load(wanted, reject).items()}
@@ -350,7 +350,8 @@ class OpenDrive:
     def recover_all(cls, ledger: Ledger) -> list[Record]:
         """Commit the drives that ended without it: killed, out of power, out of disk. Others are left alone.
 
-        Those that count only when they are whole are deleted. Raises :class:`NmpError` when one cannot be written.
+        Those that count only when they are whole are deleted. Those of a newer nmp are reported, and stay as they are.
+        Raises :class:`NmpError` when one cannot be written.
         """
         found = []
         for room in (WHOLE, OPEN):
@@ -383,11 +384,16 @@ class OpenDrive:
         raw = self.storage.get(SESSION)
         try:
             values = unchecked(raw or b"")
+            version = values.get("format", 1)
+            if isinstance(version, int) and version > _FORMAT:
+                lock.release()
+                self.ledger.tell(self.storage.name, f"stays as it is: {Newer('a drive under way', version, _FORMAT)}")
+                return False
             if time.time() - values.get("alive_s", 0) < _LEASE_S:
                 lock.release()
                 return False
             self.vehicle, self.first_ns = str(values["vehicle"]), int(values["first_ns"])
-            if values.get("format", 1) == 1 and self.ledger.spec.merge == "sum":
+            if version == 1 and self.ledger.spec.merge == "sum":
                 planes = 4 * self.ledger.spec.channels + FIELD_PLANES + 3
                 self._tiles = TileSet(self.storage.below("tiles"), planes, level=1)
                 self._unpack = _summed

@@ -19,7 +19,7 @@ from nmp.errors import NmpError
 from nmp.prior import cells as cell_bytes
 from nmp.prior.cells import Cells
 from nmp.prior.coding import Coding
-from nmp.prior.record import Record, check_spec, checked, unchecked
+from nmp.prior.record import Newer, Record, check_spec, checked, unchecked
 from nmp.prior.storage import ASIDE, Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import SHARD, Planes, TileSet, batches
@@ -68,6 +68,10 @@ class Ledger:
         self.spec = spec
         self.read_only = read_only
         self._told: set[str] = set()
+        self.damaged_tiles = 0
+        """tiles that were found damaged or gone so far"""
+        self.last_damage = ""
+        """what was wrong with the last of them"""
         self._damaged: set[str] = set()
         self._base: str | None = None
         """the base when :meth:`active` was asked"""
@@ -92,13 +96,18 @@ class Ledger:
     # -- records ----------------------------------------------------------------------------------------------
 
     def head(self) -> Head:
-        """Return the current base and the drives left out. A damaged head is read from its copy, and reported."""
-        for name in (HEAD, SPARE):
-            content = self.storage.get(name)
-            if content is None and name == HEAD and self.storage.get(SPARE) is None:
-                return Head()
+        """Return the current base and the drives left out. A damaged head is read from its copy, and reported.
+
+        Whoever is killed while it changes the head for the first time leaves only the copy.
+        """
+        contents = {name: self.storage.get(name) for name in (HEAD, SPARE)}
+        if not any(content is not None for content in contents.values()):
+            return Head()
+        for name, content in contents.items():
+            if content is None:
+                continue
             try:
-                values = unchecked(content or b"")
+                values = unchecked(content)
                 return Head(values["base"], tuple(values["left_out"]))
             except (ValueError, KeyError, TypeError) as error:
                 self.tell(f"{self.storage.name}/{name}", f"is damaged ({error}): nmp prior verify --repair mends it")
@@ -135,7 +144,8 @@ class Ledger:
     def drives(self) -> list[Record]:
         """Return the records of all drives that are not inside the base, in the order in which they are folded.
 
-        A damaged record is reported once, put aside, and not in the list; ``verify --repair`` brings it back.
+        A damaged record is reported once, put aside, and not in the list; ``verify --repair`` brings it back. Raises
+        :class:`NmpError` for one of a newer format: without it the state would be another one.
         """
         base = self.base()
         inside = set(base.drives + base.dropped) if base else set()
@@ -186,6 +196,8 @@ class Ledger:
             return None
         try:
             return Record.from_bytes(content, drive)
+        except Newer:
+            raise
         except (ValueError, KeyError, TypeError, NmpError) as error:
             if folder == COMMITS and self.read_only:
                 self._damaged.add(drive)
@@ -197,17 +209,26 @@ class Ledger:
             return None
 
     def kept(self, folder: str, name: str) -> Record | None:
-        """Return a record by the copy beside its tiles, None where that is gone or damaged."""
-        try:
-            return Record.from_bytes(self.storage.get(f"{folder}/{name}/{COPY}") or b"", name)
-        except (ValueError, KeyError, TypeError, NmpError):
-            return None
+        """Return a record by the copy beside its tiles, None where that is gone or damaged. Of a base there are two."""
+        for copy in (COPY, f"2.{COPY}"):
+            try:
+                return Record.from_bytes(self.storage.get(f"{folder}/{name}/{copy}") or b"", name)
+            except (ValueError, KeyError, TypeError, NmpError):
+                continue
+        return None
 
     def tell(self, what: str, problem: str) -> None:
         """Report a damaged thing, once."""
         if what not in self._told:
             self._told.add(what)
             _log.warning("%s %s", what, problem)
+
+    def tell_tile(self, what: str, problem: str) -> None:
+        """Report a damaged tile, once, and count it."""
+        if what not in self._told:
+            self.damaged_tiles += 1
+            self.last_damage = f"{what} {problem}"
+        self.tell(what, problem)
 
     # -- tiles ------------------------------------------------------------------------------------------------
 
@@ -238,7 +259,7 @@ class Ledger:
             # what shares a file with others stays where it is until that is mended
             leave = self.read_only or reason == "vanished" or tiles.shard > 1
             aside = "" if leave else tiles.storage.put_aside(blob)
-            self.tell(
+            self.tell_tile(
                 f"tile {key} of {record.id[:12]}",
                 ("has vanished" if reason == "vanished" else f"is corrupt ({reason})")
                 + f" and counts as unknown: {tiles.storage.name}/{blob}"
@@ -338,6 +359,11 @@ class State:
         self._keys = self._keys[order]
         self._source = np.concatenate([*sources, np.empty(0, np.int32)])[order]
         self._digest = np.concatenate([*digests, np.empty(0, np.uint64)])[order]
+        self._count = int((np.diff(self._keys) != 0).sum()) + bool(len(self._keys))
+
+    def __len__(self) -> int:
+        """Return how many tiles there are."""
+        return self._count
 
     def keys(self) -> set[Key]:
         """Return all tiles."""
@@ -349,16 +375,25 @@ class State:
         cols = (packed & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
         return np.stack([packed >> 32, cols.astype(np.int64)], axis=1)
 
+    def existing(self, keys: list[Key]) -> list[Key]:
+        """Return those of the tiles that exist, in their order."""
+        return [key for key, start, stop in self._parts(keys) if start < stop]
+
+    def _parts(self, keys: list[Key]) -> Iterator[tuple[Key, int, int]]:
+        """Return tiles with where their parts begin and end in the list of all."""
+        corners = np.array(keys, np.int64).reshape(-1, 2)
+        packed = _pack(corners[:, 0], corners[:, 1])
+        first, last = (np.searchsorted(self._keys, packed, side).tolist() for side in ("left", "right"))
+        return zip(keys, first, last, strict=True)
+
     def load(self, keys: Iterable[Key]) -> dict[Key, Cells]:
         """Return those of the tiles that exist. Damaged parts count as unknown, and are reported.
 
         Raises :class:`NmpError` when something cannot be read.
         """
         wanted: dict[int, dict[Key, int]] = {}
-        for key in keys:
-            packed = _pack(np.array(key[0]), np.array(key[1]))
-            start, stop = np.searchsorted(self._keys, packed), np.searchsorted(self._keys, packed, "right")
-            for at in range(int(start), int(stop)):
+        for key, start, stop in self._parts(list(keys)):
+            for at in range(start, stop):
                 wanted.setdefault(int(self._source[at]), {})[key] = int(self._digest[at])
         found: dict[Key, Cells] = {}
         for number in sorted(wanted):
@@ -427,7 +462,7 @@ def _read_city(storage: Storage) -> tuple[str, PriorSpec, int]:
     try:
         version = json.loads(raw or b"")["format"]
         if isinstance(version, int) and version > FORMAT:
-            raise NmpError(f"prior in {storage.name} has format {version}, this nmp reads up to {FORMAT}: update nmp")
+            raise Newer(f"prior in {storage.name}", version, FORMAT)
         values = unchecked(raw or b"")
         if version not in range(2, FORMAT + 1):
             raise ValueError(f"format {version!r} never existed")

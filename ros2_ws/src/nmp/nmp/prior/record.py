@@ -20,6 +20,13 @@ FORMAT = 2
 _TABLE = np.dtype([("row", "<i4"), ("col", "<i4"), ("cells", "<u2"), ("digest", "<u8")])
 
 
+class Newer(NmpError):
+    """Something was written by a newer nmp: it is neither damaged nor to be touched."""
+
+    def __init__(self, what: str, version: int, known: int) -> None:
+        super().__init__(f"{what} has format {version}, this nmp reads up to {known}: update nmp")
+
+
 @dataclass(frozen=True)
 class Record:
     """A drive that was committed, or a base; immutable. ``id`` hashes everything that is in it."""
@@ -74,11 +81,16 @@ class Record:
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> Record:
-        """Return the record with this id. Raises ValueError when the content is not that of the id."""
+        """Return the record with this id.
+
+        Raises ValueError when the content is not that of the id, :class:`Newer` when it is of a newer format.
+        """
         if name_of(content) != name:
             raise ValueError("its checksum is wrong")
         values = json.loads(content)
         version = values["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise Newer(f"the record {name[:12]} of the prior", version, FORMAT)
         if version != FORMAT:
             raise ValueError(f"it has format {version}")
         return cls(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,19 @@ class Storage:
             ) from error
         return bytes(found.value) if found.state == "value" else None
 
+    def make_room(self, key: str) -> None:
+        """Make the folder of a blob where it is missing. Raises OSError.
+
+        TensorStore would make it as well, but the power may fail before a disk knows of a new folder, and what was
+        synced in it is gone then.
+        """
+        if self.local is not None:
+            make_folder((self.local / key).parent)
+
     def put(self, key: str, content: bytes) -> None:
         """Write a blob; it is synced to disk when this returns."""
         try:
+            self.make_room(key)
             self._kv.write(key, content).result()
         except (ValueError, OSError) as error:
             raise NmpError(
@@ -142,6 +153,7 @@ class Storage:
         gone = self.local.with_name(f".{self.local.name}-{uuid.uuid4().hex}")
         try:
             self.local.rename(gone)
+            _sync(self.local.parent)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -172,10 +184,10 @@ class Storage:
             self.delete(key)
         return aside
 
-    def size(self) -> int:
-        """Return the bytes of all blobs below."""
+    def size(self) -> int | None:
+        """Return the bytes of all blobs below; None behind a URL, where only reading them would tell."""
         if self.local is None:
-            return sum(len(self.get(key) or b"") for key in self.keys())
+            return None
         total = 0
         for folder, _, files in os.walk(self.local):
             for name in files:
@@ -184,6 +196,24 @@ class Storage:
                 except FileNotFoundError:  # replaced while this counts
                     continue
         return total
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, and sync each to disk. Raises OSError."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with suppress(FileExistsError):  # somebody else was faster; whether it is synced only they know
+        os.mkdir(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def place_of(text: str) -> Place:
@@ -223,7 +253,7 @@ class Lock:
         self._descriptor: int | None = None
         if storage.local is None:
             return
-        storage.local.mkdir(parents=True, exist_ok=True)
+        make_folder(storage.local)
         self._descriptor = os.open(storage.local / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             # flock, not lockf: it also keeps out another user of the same process

@@ -62,6 +62,15 @@ def blocks(window: Window) -> Iterator[Block]:
             yield Block((tile_row, tile_col), (row_in_tile, col_in_tile), (row_in_window, col_in_window))
 
 
+def keys_of(window: Window) -> list[Key]:
+    """Return the tiles that a window lies on, row by row, wherever it is."""
+    rows, cols = (
+        range(start // TILE, (start + count - 1) // TILE + 1)
+        for start, count in ((window.row, window.rows), (window.col, window.cols))
+    )
+    return [(row, col) for row in rows for col in cols]
+
+
 def _spans(start: int, count: int) -> Iterator[tuple[int, slice, slice]]:
     """Cut cells ``start`` to ``start + count`` of one axis: tile, cells in the tile, cells in the window."""
     for tile in range(start // TILE, (start + count - 1) // TILE + 1):

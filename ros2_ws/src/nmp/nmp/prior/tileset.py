@@ -140,6 +140,11 @@ class TileSet:
         pending = []
         for _, group in groupby(sorted(tiles, key=self._file), self._file):
             keys = list(group)
+            try:
+                self.storage.make_room(self.blob(keys[0]))
+            except OSError as error:
+                failures.update(dict.fromkeys(keys, reason_of(error)))
+                continue
             at_once = ts.Transaction()
             for written in [self._chunk(key).with_transaction(at_once).write(tiles[key]) for key in keys]:
                 written.copy.result()  # what is not in the transaction by then is not committed

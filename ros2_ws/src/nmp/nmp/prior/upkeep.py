@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from nmp.prior.ledger import (
     save,
     with_left_out,
 )
-from nmp.prior.record import Record, check_spec, checked, tile_table, unchecked
+from nmp.prior.record import Newer, Record, check_spec, checked, tile_table, unchecked
 from nmp.prior.storage import Lock, Storage
 from nmp.prior.tiles import Key
 from nmp.prior.tileset import Planes, TileSet, batches
@@ -44,6 +44,8 @@ from nmp.prior.window import PriorSpec
 Step = Callable[[int], object]
 """is told how many more pieces of a long job are done"""
 _DAY_NS = 86_400 * 10**9
+HORIZON_DAYS = 7.0
+"""how long the command leaves drives apart, so that those of cars that come late are still merged exactly"""
 
 
 def _quiet(_: int) -> None:
@@ -96,10 +98,21 @@ def state_at(ledger: Ledger, name: str) -> State:
     return State(ledger, [r for r in records if r.drives or not last.drives and r.order <= last.order])
 
 
+class TileDifference(NamedTuple):
+    """What changed in one tile."""
+
+    key: Key
+    added: int
+    removed: int
+    changed: int
+    evidence: int
+
+
 class Difference(NamedTuple):
     """What changed between two states of a city."""
 
-    tiles: int
+    tiles: list[TileDifference]
+    """those in which something did, in the order of row and column"""
     added: int
     """cells that only the second knows"""
     removed: int
@@ -114,7 +127,7 @@ class Difference(NamedTuple):
 
 def difference(first: State, second: State, step: Step = _quiet) -> Difference:
     """Compare two states of one city, cell by cell."""
-    tiles = added = removed = changed = evidence = 0
+    tiles = []
     distance = 0.0
     for keys in batches(sorted(first.keys() | second.keys())):
         before, after = first.load(keys), second.load(keys)
@@ -124,13 +137,19 @@ def difference(first: State, second: State, step: Step = _quiet) -> Difference:
             both = known_a & known_b
             moved = np.abs(a.latent.astype(np.int16) - b.latent).sum(0)
             other = both & ((moved > 0) | (a.evidence != b.evidence) | (a.last_seen_s != b.last_seen_s))
-            added += int((known_b & ~known_a).sum())
-            removed += int((known_a & ~known_b).sum())
-            changed += int(other.sum())
+            found = TileDifference(
+                key,
+                int((known_b & ~known_a).sum()),
+                int((known_a & ~known_b).sum()),
+                int(other.sum()),
+                int(b.evidence.astype(np.int64).sum() - a.evidence.astype(np.int64).sum()),
+            )
             distance += float(moved[other].sum())
-            evidence += int(b.evidence.astype(np.int64).sum() - a.evidence.astype(np.int64).sum())
-            tiles += bool((known_a != known_b).any() or other.any())
+            if found.added or found.removed or found.changed:
+                tiles.append(found)
         step(len(keys))
+    added, removed = sum(tile.added for tile in tiles), sum(tile.removed for tile in tiles)
+    changed, evidence = sum(tile.changed for tile in tiles), sum(tile.evidence for tile in tiles)
     mean = distance / (changed * first.ledger.spec.channels) if changed else 0.0
     return Difference(tiles, added, removed, changed, mean, evidence)
 
@@ -147,13 +166,15 @@ class Merged(NamedTuple):
     """were there already"""
     base: bool
     """the base of the source was taken over"""
+    late: list[Record]
+    """those of the drives that are older than the base where they pass: see :func:`late_for`"""
 
 
 def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, step: Step = _quiet) -> Merged:
     """Bring the drives of one copy of a city into another, which is created where it is missing.
 
     Drives that the other one knows are left as they are; drives that the source leaves out stay there. Which of
-    several merges comes first makes no difference.
+    several merges comes first makes no difference, but for drives that are older than a base.
 
     :param only: ids of the drives to take; None for all, and the base
 
@@ -181,7 +202,21 @@ def merge(storage: Storage, source: Ledger, only: Sequence[str] | None = None, s
                 _copy(source, target, record, step)
                 target.storage.put(f"{COMMITS}/{record.id}.json", record.to_bytes())
                 taken.append(record)
-    return Merged(taken, skipped, took_base)
+        base = target.base()
+        # under a base that was taken over, those that were there before may be older as well
+        late = late_for(base, target.drives() if took_base else taken) if base else []
+    return Merged(taken, skipped, took_base, late)
+
+
+def late_for(base: Record, drives: Iterable[Record]) -> list[Record]:
+    """Return the drives that are older than a base, where both were.
+
+    They would have been folded among the drives inside the base, and are now folded on top of them: a copy of the city
+    that was compacted later, or not at all, differs from this one by rounding and by where the cap acted. Of a base
+    only the time of its last frame is known.
+    """
+    places = set(digests(base))
+    return [drive for drive in drives if drive.first_ns < base.last_ns and not places.isdisjoint(digests(drive))]
 
 
 def _merge_base(target: Ledger, source: Ledger, step: Step) -> bool:
@@ -276,11 +311,11 @@ def export(ledger: Ledger, out: Path, only: Sequence[str] | None = None, step: S
 # -- growth -------------------------------------------------------------------------------------------------
 
 
-def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False, step: Step = _quiet) -> Record | None:
-    """Fold drives into a new base and delete them; the city's state stays the same to the bit.
+def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = True, step: Step = _quiet) -> Record | None:
+    """Fold drives into a new base; the city's state stays the same to the bit.
 
     :param older_than_days: only drives that began so long before the newest one
-    :param keep: delete what was folded only at the next compaction: until then :func:`verify` can mend the base
+    :param keep: delete what was folded only when the next base is made: until then :func:`verify` can mend this one
 
     Drives that are left out and as old are deleted as well. Until the head names the new base, everything before is
     there; whoever crashes in between loses nothing. Returns the base, None where there is nothing to do.
@@ -293,8 +328,9 @@ def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False,
         folded = [record for record in old if record.id not in head.left_out]
         dropped = [record for record in old if record.id in head.left_out]
         before = ledger.base(head)
-        _sweep(ledger)
         if not folded:
+            if not keep:
+                _sweep(ledger)
             return None
         records = ([before] if before else []) + folded
         state = State(ledger, records)
@@ -322,23 +358,25 @@ def compact(ledger: Ledger, older_than_days: float = 0.0, *, keep: bool = False,
         base = ledger.publish(describe, state.keys(), make)
         gone = {record.id for record in dropped}
         ledger.change_head(lambda now: replace(with_left_out(now, set(now.left_out) - gone), base=base.id))
-        if not keep:
-            _sweep(ledger)
+        _sweep(ledger, {record.id for record in records} if keep else set())
         return base
 
 
-def _sweep(ledger: Ledger) -> None:
-    """Delete bases that are not current and drives inside the current one: what compacting left, or a crash."""
+def _sweep(ledger: Ledger, kept: Container[str] = ()) -> None:
+    """Delete bases that are not current and drives inside the current one: what compacting left, or a crash.
+
+    :param kept: ids of those whose tiles stay, for mending the base
+    """
     base = ledger.base()
     inside = set(base.drives + base.dropped) if base else set()
     commits = {name.removesuffix(".json") for name in ledger.storage.below(COMMITS).keys() if name.endswith(".json")}
     for drive in sorted(inside & commits):
         ledger.storage.delete(f"{COMMITS}/{drive}.json")
     for drive in ledger.storage.below(DRIVES).children():
-        if drive in inside:
+        if drive in inside and drive not in kept:
             ledger.storage.below(f"{DRIVES}/{drive}").clear()
     for name in ledger.storage.below(BASES).children():
-        if base is None or name != base.id:
+        if (base is None or name != base.id) and name not in kept:
             ledger.storage.below(f"{BASES}/{name}").clear()
 
 
@@ -360,7 +398,12 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
     """
     findings = _verify_records(ledger, repair, other)
     base = ledger.base()
-    for record in ([base] if base else []) + ledger.drives():
+    kept, lost = _kept(ledger, base) if base else ([], [])
+    for folder in lost:  # without its record it is good for nothing
+        if repair:
+            ledger.storage.below(folder).clear()
+        findings.append(Finding(f"{folder}, which was kept to mend the base", repair))
+    for record in ([base] if base else []) + ledger.drives() + kept:
         findings += _verify_spares(ledger, record, repair)
         expected = digests(record)
         tiles, kind = ledger.tiles_of(record), "base" if record.drives else "drive"
@@ -379,21 +422,13 @@ def verify(ledger: Ledger, repair: bool = False, other: Ledger | None = None, st
 def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[Finding]:
     findings = []
     storage = ledger.storage
-    heads = {}
-    for name in (HEAD, SPARE):
-        content = storage.get(name)
-        try:
-            unchecked(content or b"")
-            heads[name] = content
-        except ValueError:
-            heads[name] = None
-    if storage.get(HEAD) is not None or storage.get(SPARE) is not None:
-        for name, twin in ((HEAD, SPARE), (SPARE, HEAD)):
-            if heads[name] is None:
-                good = heads[twin]
-                if repair and good is not None:
-                    storage.put(name, good)
-                findings.append(Finding(name, repair and good is not None))
+    heads = {name: storage.get(name) for name in (HEAD, SPARE)}
+    whole_ones = [content for content in heads.values() if content is not None and _is_whole(content)]
+    for name, content in heads.items():
+        if whole_ones and repair and content not in whole_ones:
+            storage.put(name, whole_ones[0])
+        if content is not None and not _is_whole(content):  # one that is not there was never written
+            findings.append(Finding(name, repair and bool(whole_ones)))
     if ledger.spec.coding is not None:
         whole = checked(ledger.spec.coding.to_dict())
         for name in (CODING, CODING_SPARE):
@@ -402,14 +437,6 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
                     storage.put(name, whole)
                 findings.append(Finding(name, repair))
     ledger.drives()  # puts aside what is damaged
-    base = ledger.head().base
-    if base:
-        record = ledger.base()
-        for name in (COPY, f"2.{COPY}"):
-            if record is not None and storage.get(f"{BASES}/{base}/{name}") != record.to_bytes():
-                if repair:
-                    storage.put(f"{BASES}/{base}/{name}", record.to_bytes())
-                findings.append(Finding(f"{name} of base {base[:12]}", repair))
     for drive in ledger.damaged_records():
         found = ledger.kept(DRIVES, drive) or (other.kept(DRIVES, drive) if other else None)
         if repair and found is not None:
@@ -418,19 +445,40 @@ def _verify_records(ledger: Ledger, repair: bool, other: Ledger | None) -> list[
     return findings
 
 
+def _is_whole(content: bytes) -> bool:
+    try:
+        unchecked(content)
+    except ValueError:
+        return False
+    return True
+
+
 def _verify_spares(ledger: Ledger, record: Record, repair: bool) -> list[Finding]:
     """Check what lies beside the tiles of a record: nothing is read from it unless something else is damaged."""
     tiles = ledger.tiles_of(record)
     findings = []
-    if not record.drives and tiles.storage.get(COPY) != record.to_bytes():
-        if repair:
-            tiles.storage.put(COPY, record.to_bytes())
-        findings.append(Finding(f"{COPY} of drive {record.id[:12]}", repair))
+    for name in (COPY, f"2.{COPY}") if record.drives else (COPY,):
+        if tiles.storage.get(name) != record.to_bytes():
+            if repair:
+                tiles.storage.put(name, record.to_bytes())
+            findings.append(Finding(f"{name} of {'base' if record.drives else 'drive'} {record.id[:12]}", repair))
     if not tiles.described():
         if repair:
             tiles.describe()
         findings.append(Finding(f"zarr.json of {record.id[:12]}", repair))
     return findings
+
+
+def _kept(ledger: Ledger, base: Record) -> tuple[list[Record], list[str]]:
+    """Return what a base was folded from, as far as it is there, and the folders of that whose record is damaged."""
+    found, lost = [], []
+    for room, inside in ((BASES, None), (DRIVES, set(base.drives + base.dropped))):
+        for name in ledger.storage.below(room).children():
+            if name != base.id and (inside is None or name in inside):
+                record = ledger.kept(room, name)
+                found += [record] if record else []
+                lost += [] if record else [f"{room}/{name}"]
+    return found, lost
 
 
 def _mended(ledger: Ledger, other: Ledger | None, record: Record, missing: dict[Key, int]) -> dict[Key, Planes]:
@@ -463,11 +511,13 @@ def _rebuilt(ledger: Ledger, base: Record, key: Key) -> Cells | None:
 def mend_city(storage: Storage) -> bool:
     """Write a damaged city.json again, from any record; tell whether that was needed.
 
-    Raises :class:`NmpError` when there is no record to take it from.
+    Raises :class:`NmpError` when there is no record to take it from, or the city is of a newer format.
     """
     try:
         Ledger.open(storage)
         return False
+    except Newer:
+        raise
     except NmpError:
         raw = storage.get(CITY)
         names = [f"{COMMITS}/{n}" for n in storage.below(COMMITS).keys() if n.endswith(".json")]
