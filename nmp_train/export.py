@@ -141,7 +141,8 @@ def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwo
         remedy="train again",
         damage=f"{path} holds NaN or infinite weights: use an earlier run",
     )
-    known: dict[str, Any] = {key: progress[key] for key in ("config", "stage", "step", "started") if key in progress}
+    known: dict[str, Any] = {key: progress[key] for key in ("config", "stage", "step") if key in progress}
+    known |= progress.get("about") or {}
     return network.eval(), known
 
 

@@ -100,12 +100,14 @@ def fit(
             first_stage=first_stage,
             checkpoint=checkpoint,
             score=score,
-            started={
-                "command": command,
-                "nmp": __version__,
-                "start": str(start) if start else None,
-                "backbone": str(backbone) if backbone else None,
-                "first_stage": first_stage,
+            about={
+                "started": {
+                    "command": command,
+                    "nmp": __version__,
+                    "start": str(start) if start else None,
+                    "backbone": str(backbone) if backbone else None,
+                    "first_stage": first_stage,
+                }
             },
         )
     finally:

@@ -66,8 +66,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """summaries of the stages that are done"""
     config: dict[str, Any] = field(default_factory=dict)
-    started: dict[str, Any] = field(default_factory=dict)
-    """how the run was begun, for the reader of its weights"""
+    about: dict[str, Any] = field(default_factory=dict)
+    """more for the summary: how the run was begun"""
 
 
 def train(
@@ -81,14 +81,14 @@ def train(
     first_stage: int = 1,
     checkpoint: Checkpoint | None = None,
     score: Callable[[BEVNetwork, StageConfig], dict[str, Any]] | None = None,
-    started: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
     :param network: on ``device``; trained in place
     :param checkpoint: where to go on; takes the place of ``first_stage`` and of the weights
     :param score: judges the network after each stage, in the first process
-    :param started: how the run was begun, for the summary; that of the checkpoint takes its place
+    :param about: more for the summary; what the checkpoint has of it takes its place
     :return: the summary that is also written to ``<out>/training.json``
 
     Raises :class:`NmpError` when a loss or a gradient is not finite, memory runs out or the processes cannot share a
@@ -101,7 +101,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress = Progress(first_stage - 1, started=started or {})
+    progress = Progress(first_stage - 1, about=about or {})
     if checkpoint is not None:
         check_same_run(checkpoint, config.to_dict(), out)
         progress = Progress(**checkpoint.progress)
@@ -117,8 +117,8 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml())
     curves_of = _curves(out) if ranks.first else _no_curves
-    result: dict[str, Any] = {name: getattr(progress, name) for name in ("started", "config")}
-    result |= {"stages": progress.history, "device": _device_text(device), "processes": ranks.ranks}
+    result = progress.about | {"config": progress.config, "stages": progress.history}
+    result |= {"device": _device_text(device), "processes": ranks.ranks}
     while progress.stage < len(config.stages):
         curve = curves_of(progress.stage, progress.step)
         stage = _Stage(network, source, config, out, device, ranks, progress, curve)
@@ -131,9 +131,7 @@ def train(
                 scores = progress.history[-1]["scores"] = score(network, stage.stage)
                 _save(network, out, result, scores)
             (out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-        progress = Progress(
-            progress.stage + 1, history=progress.history, config=progress.config, started=progress.started
-        )
+        progress = Progress(progress.stage + 1, history=progress.history, config=progress.config, about=progress.about)
         if ranks.first:
             save_checkpoint(out, vars(progress), network)
         ranks.wait()

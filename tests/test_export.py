@@ -115,14 +115,16 @@ def test_a_run_is_exported_with_its_scores(network: BEVNetwork, tmp_path: Path) 
 def test_a_checkpoint_gives_its_moving_average_and_nothing_else(network: BEVNetwork, tmp_path: Path) -> None:
     average = BEVNetwork(SMALL)
     optimizer = torch.optim.AdamW(network.parameters())
-    progress = {"config": TrainConfig(network=SMALL).to_dict(), "stage": 1, "step": 7}
+    about = {"started": {"command": "nmp-train fit"}}
+    progress = {"config": TrainConfig(network=SMALL).to_dict(), "stage": 1, "step": 7, "about": about}
     save_checkpoint(tmp_path, progress, network, average, optimizer)
     out = tmp_path / "out" / "w.safetensors"
     export(tmp_path, out, dtype="float")
     written = load_file(out)
     assert set(written) == set(network.state_dict())
     assert all(torch.equal(written[name], value) for name, value in average.state_dict().items())
-    assert json.loads(out.with_suffix(".json").read_text())["training"]["step"] == 7
+    training = json.loads(out.with_suffix(".json").read_text())["training"]
+    assert training["step"] == 7 and training["started"] == about["started"]
 
 
 def test_exports_that_would_fail_leave_nothing_behind(network: BEVNetwork, tmp_path: Path) -> None:

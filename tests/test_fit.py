@@ -96,6 +96,7 @@ def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
         ("seed: [", [], "not valid YAML"),
         ("1: 2", [], "unknown key.s. 1"),
         ("seed: 1", ["seed=["], "override 'seed=.' is not valid YAML"),
+        ("seed: 1", ["seed=2024-13-01"], "override 'seed=2024-13-01' is not valid YAML .month must be"),
         ("seed: 1", ["seed.x=1"], "override 'seed.x=1': there is no 'x' to set in 1"),
         ("seed: 1", ["sed.x=1"], "unknown key.s. sed"),
         ("[1, 2]", ["seed=1"], "expected keys and values"),

@@ -100,13 +100,13 @@ def test_a_lost_camera_is_masked_as_in_training(weights: Path, frames: list[Fram
 
 def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
     with OnlineMapper(weights, tmp_path) as mapper:
-        assert mapper.prior_size()["tiles"] == 0
+        assert mapper.prior_state().counts["tiles"] == 0
         mapper.update(frames[0])
         assert set(mapper.stages_s) == {"decoding", "reading prior", "network", "writing prior"}
         assert all(seconds > 0 for stage, seconds in mapper.stages_s.items() if stage != "writing prior")
         mapper.update(frames[1])
         assert mapper.stages_s["writing prior"] > 0  # of the frame before: it is written while others go on
-        size = mapper.prior_size()
+        size = mapper.prior_state().counts
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
@@ -135,7 +135,7 @@ def test_what_of_the_prior_is_damaged_is_told(
         assert state.damage == ""
         told = CityPrior.statistics
         monkeypatch.setattr(CityPrior, "statistics", lambda city: told(city) | {"damaged_tiles": 2})
-        monkeypatch.setattr(CityPrior, "damage", "tile 3 fails its checksum", raising=False)
+        monkeypatch.setattr(CityPrior, "damage", "tile 3 fails its checksum")
         state = mapper.prior_state()
         assert (state.counts["damaged tiles"], state.damage) == (2, "tile 3 fails its checksum")
 
@@ -338,7 +338,7 @@ def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
         mapper.update(frames[2])  # begins another attempt
         mapper.flush()  # waits for it
         mapper.update(frames[3])
-        assert mapper.prior_size()["tiles"] > 0 and not mapper.prior_error
+        assert mapper.prior_state().counts["tiles"] > 0 and not mapper.prior_error
 
 
 def test_cells_that_cannot_be_read_do_not_blind_the_car(
@@ -407,7 +407,7 @@ def test_an_attempt_to_open_a_city_holds_no_frame_up(
         go_on.set()
         mapper.flush()
         mapper.update(frames[0])
-        assert not mapper.prior_error and mapper.prior_size()["tiles"] > 0
+        assert not mapper.prior_error and mapper.prior_state().counts["tiles"] > 0
 
 
 def test_a_disk_that_stays_full_is_told_in_every_frame(

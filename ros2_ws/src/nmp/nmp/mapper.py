@@ -347,13 +347,6 @@ class OnlineMapper:
             evidence=evidence,
         )
 
-    def prior_size(self) -> dict[str, int]:
-        """Return how many tiles the open cities have, and how many are in memory, not saved yet, or damaged."""
-        self.settle()
-        sizes = [city.statistics() for city in list(self._cities.values())]
-        names = ("tiles", "dirty_tiles", "damaged_tiles", "resident_bytes")
-        return {name.replace("_", " "): sum(size[name] for size in sizes) for name in names}
-
     def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None:
         """Return how many drives saw the cells of a city at points [N, 2] (map frame, m), this one included.
 
@@ -377,8 +370,7 @@ class OnlineMapper:
         cities, counts = list(self._cities.values()), Counter[str]()
         for city in cities:
             counts.update({name.replace("_", " "): count for name, count in city.statistics().items()})
-        damage = (str(getattr(city, "damage", "")) for city in cities)
-        return PriorState(counts, next((text for text in damage if text), ""))
+        return PriorState(counts, next((city.damage for city in cities if city.damage), ""))
 
     def flush(self) -> None:
         """Write everything that the prior holds to disk.
