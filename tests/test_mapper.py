@@ -189,6 +189,45 @@ def test_the_papers_state_is_that_of_the_newest_drive(frames: list[Frame], tmp_p
         assert mapper.city(frames[0].location).spec.merge == "latest"
 
 
+DAY_NS = 86_400_000_000_000
+
+
+def _later(frame: Frame, days: float) -> Frame:
+    return dataclasses.replace(frame, stamp_ns=frame.stamp_ns + round(days * DAY_NS))
+
+
+def test_what_was_seen_long_ago_counts_for_less_and_stays_stored(
+    weights: Path, frames: list[Frame], tmp_path: Path
+) -> None:
+    old, now = frames[:2]
+    window = Window.around(*old.map_from_base[:2, 3], CONFIG.prior_cell, 20, 20)
+
+    def visit(days: float, **settings: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        prior = tmp_path / f"{days} {settings}"
+        _run(weights, prior, [old])
+        with OnlineMapper(weights, prior, **settings) as mapper:  # type: ignore[arg-type]
+            layers = mapper.update(_later(now, days)).probabilities
+            again = mapper.update(_later(now, days)).probabilities
+            mapper.settle()
+            return layers, again, mapper.city(old.location).read(window)[1].astype(int)
+
+    with OnlineMapper(weights, use_prior=False) as single:
+        alone = single.update(now).probabilities
+    fresh, fresh_again, evidence = visit(1)
+    same, _, _ = visit(300)
+    np.testing.assert_array_equal(fresh, same)
+    aged, aged_again, kept = visit(3 * 365)
+    forgotten, _, _ = visit(30 * 365)
+    never, _, _ = visit(30 * 365, stale_days=0.0)
+    away = [float(np.abs(layers - alone).sum()) for layers in (fresh, aged, forgotten)]
+    assert away[0] > 1.2 * away[1] > 0 and away[1] > 10 * away[2]
+    np.testing.assert_array_equal(never, fresh)
+    # a first look at an old street does not make young what was known of it before
+    assert np.abs(aged_again - alone).sum() < np.abs(fresh_again - alone).sum()
+    # what is stored has lost nothing by that: two frames came to it, whatever the network was told
+    assert evidence.any() and np.abs(kept - evidence).max() <= 2
+
+
 def test_evidence_grows_with_every_visit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
     with OnlineMapper(weights, tmp_path) as mapper:
         means = [float(mapper.update(frames[0]).evidence.mean()) for _ in range(4)]
@@ -445,7 +484,7 @@ def test_the_shipped_weights_are_the_default(frames: list[Frame], tmp_path: Path
 
 def test_weights_for_a_gpu_are_shipped_by_name(tmp_path: Path) -> None:
     network, fingerprint = load_network("gpu_default")
-    assert (network.config.input_width, network.config.prior_channels) == (704, 64)
+    assert (network.config.input_width, network.config.prior_channels) == (704, 32)
     assert read_description("gpu_default")["network"]["prior_channels"] == 64
     assert weights_file("gpu_default").stat().st_size < 16 * 2**20
     assert fingerprint != load_network()[1]

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nmp.defaults import RESIDENT_MB, STALE_DAYS
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, UNSTATED_STD, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
@@ -84,6 +85,9 @@ class OnlineMapper:
     :param prior_dir: folder or URL of the city prior, None for :func:`default_prior_dir`; made when missing
     :param use_prior: False neither reads nor writes a prior: every frame stands alone
     :param flush_interval_s: longest time that an update stays in memory only
+    :param resident_mb: memory for the tiles of a city, MiB
+    :param stale_days: what was not seen for so long counts for less when it is read (:meth:`CityPrior.stale`), and is
+        stored as it was; 0: age makes no difference
     :param vehicle: who drives: kept with what this drive adds to the prior
     :param whole: a drive counts only when :meth:`close` was reached: nothing of it is kept after a crash
     :param coded: cities that this mapper begins have the coding beside the weights, where there is one
@@ -107,6 +111,8 @@ class OnlineMapper:
         *,
         use_prior: bool = True,
         flush_interval_s: float = 2.0,
+        resident_mb: int = RESIDENT_MB,
+        stale_days: float = STALE_DAYS,
         vehicle: str = "",
         whole: bool = False,
         coded: bool = True,
@@ -123,6 +129,9 @@ class OnlineMapper:
         self.prior_dir: Place = prior_dir if prior_dir is not None else default_prior_dir()
         self.use_prior = use_prior
         self._flush_interval_s = flush_interval_s
+        self._resident_mb = resident_mb
+        # The state of the paper's recurrent unit is no sum, of which a part could be left out.
+        self._stale_s = stale_days * 86400.0 if self.config.fusion == "evidence" else 0.0
         self._vehicle = vehicle
         self._whole = whole
         self._tolerant = tolerant
@@ -188,6 +197,7 @@ class OnlineMapper:
             location,
             self.city_spec,
             flush_interval_s=self._flush_interval_s,
+            resident_mb=self._resident_mb,
             vehicle=self._vehicle,
             whole=self._whole,
         )
@@ -301,6 +311,10 @@ class OnlineMapper:
             evidence.fill(0)
         # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
         pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
+        stale = city.stale(window, frame.stamp_ns, self._stale_s) if city is not None and self._stale_s else None
+        if stale is not None:
+            np.minimum(stale, evidence, out=stale)
+            evidence -= stale
         clock.done("reading prior")
         weight = self.gates.check(frame)
         if weight < 1:
@@ -311,7 +325,7 @@ class OnlineMapper:
         clock.done("network")
         self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
         if self.gates.may_store(answer.found) and city is not None:
-            self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns)
+            self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns, stale)
         return self._local_map(frame, answer)
 
     def settle(self) -> None:
@@ -320,11 +334,16 @@ class OnlineMapper:
         if stored is not None:
             stored.result()
 
-    def _store(self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int) -> None:
+    def _store(
+        self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int, stale: NDArray[np.uint16] | None
+    ) -> None:
         assert answer.latent is not None and answer.evidence is not None
         begin = time.monotonic()
         try:
-            city.write(window, answer.latent, answer.evidence, stamp_ns, changed=answer.seen)
+            latent, evidence = answer.latent, answer.evidence
+            if stale is not None:
+                latent, evidence = _with_stale(latent, evidence, self._runner.window[0], stale)
+            city.write(window, latent, evidence, stamp_ns, changed=answer.seen)
             self.prior_error = city.unsaved  # a write succeeds in memory while the disk is full
         except NmpError as error:
             # A full disk must not blind the car: the layers are right, only what is remembered is at risk.
@@ -488,6 +507,20 @@ def coding_beside(weights: Path | None) -> Coding | None:
     """Return how cities that these weights begin are written, by the JSON beside them; None: channel by channel."""
     values = read_description(weights).get("prior", {}).get("coding")
     return Coding.from_dict(values) if values else None
+
+
+def _with_stale(
+    latent: NDArray[np.int8], evidence: NDArray[np.uint16], before: NDArray[np.int8], stale: NDArray[np.uint16]
+) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Return updated cells with the evidence that was left out when they were read.
+
+    :param latent: [channels, rows, cols] the mean of what was read and what was seen; ``evidence`` [rows, cols]: theirs
+    :param before: [channels, rows, cols] the latents that were read
+    :param stale: [rows, cols] evidence behind these that the network was not told of
+    """
+    total = evidence.astype(np.float32) + stale
+    mean = (latent * evidence.astype(np.float32) + before * stale.astype(np.float32)) / np.maximum(total, 1)
+    return np.rint(mean).astype(np.int8), np.minimum(total, 65535).astype(np.uint16)
 
 
 def _checked(answer: Answer) -> Answer:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from nmp import topics
 from nmp.assembly import FrameAssembler
 from nmp.bags.reader import BagReader
+from nmp.defaults import STALE_DAYS
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA, CAMERAS, Frame, LocalMap
 from nmp.layers import LayerWriter
@@ -230,6 +231,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--location", default="", help="the city, if the bag names none (e.g. boston-seaport)")
     parser.add_argument("--bev", action="store_true", help="also write a picture per keyframe to DIR/bev")
     parser.add_argument(
+        "--stale-days",
+        type=float,
+        default=STALE_DAYS,
+        help="days without a visit after which what is stored counts for less; 0: it never does (default: %(default)g)",
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         default=THREADS,
@@ -253,6 +260,8 @@ def run(args: argparse.Namespace) -> None:
         raise NmpError("--prior and --no-prior exclude each other: leave one out")
     if not args.no_prior and not args.prior:
         raise NmpError("no prior folder: give --prior DIR (it may be new), or --no-prior to map without one")
+    if not args.stale_days >= 0:
+        raise NmpError(f"--stale-days is {args.stale_days:g}: give days, or 0 for never")
     if args.threads < 1:
         raise NmpError(f"--threads is {args.threads}: give at least 1")
     if any(args.out.glob("*.npz")):
@@ -269,7 +278,12 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with OnlineMapper(
-        args.weights, args.prior, use_prior=not args.no_prior, device=args.device, compiled=args.compile
+        args.weights,
+        args.prior,
+        use_prior=not args.no_prior,
+        stale_days=args.stale_days,
+        device=args.device,
+        compiled=args.compile,
     ) as mapper:
         summary = replay(args.bag, mapper, args.out, location=args.location, pictures=args.bev)
         mapper.close(recording)

@@ -87,6 +87,8 @@ def load_mapper(settings: Settings) -> Mapper:
         place_of(settings["prior_dir"]) if settings["prior_dir"] else None,
         use_prior=settings["use_prior"],
         flush_interval_s=settings["flush_interval"],
+        resident_mb=settings["prior_memory"],
+        stale_days=settings["stale_days"],
         device=settings["device"],
         precision=settings["precision"],
         compiled=settings["compile"],

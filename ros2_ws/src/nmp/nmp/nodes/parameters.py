@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from nmp.defaults import RESIDENT_MB, STALE_DAYS
 from nmp.frame import CAMERAS
 from nmp.gate import GateLimits
 
@@ -150,6 +151,14 @@ PARAMETERS = (
         "odometry",
         "Message of the topic 'odom': odometry or pose_with_covariance.",
         choices=("odometry", "pose_with_covariance"),
+    ),
+    Parameter("prior_memory", RESIDENT_MB, "Memory for the tiles of a city, MiB.", low=16, high=65536),
+    Parameter(
+        "stale_days",
+        STALE_DAYS,
+        "Days without a visit after which what is stored counts for less when it is read; 0: it never does.",
+        low=0.0,
+        high=36500.0,
     ),
     Parameter("vectors", True, "Publish lines and polygons on ~/vectors while somebody listens; false: never."),
     Parameter(

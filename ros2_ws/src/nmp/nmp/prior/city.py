@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nmp.defaults import RESIDENT_MB
 from nmp.errors import NmpError
 from nmp.prior.cache import TileCache
 from nmp.prior.cells import Cells
@@ -91,7 +92,7 @@ class CityPrior:
         location: str,
         spec: PriorSpec,
         *,
-        resident_mb: int = 256,
+        resident_mb: int = RESIDENT_MB,
         flush_interval_s: float = 2.0,
         read_only: bool = False,
         vehicle: str = "",
@@ -154,6 +155,24 @@ class CityPrior:
                 latent[:, rows, cols] = tile.cells.latent[:, tile_rows, tile_cols]
                 evidence[rows, cols] = tile.cells.evidence[tile_rows, tile_cols]
         return latent, evidence
+
+    def stale(self, window: Window, stamp_ns: int, after_s: float) -> NDArray[np.uint16] | None:
+        """Return how much of the evidence [rows, cols] is too old to count; None where nothing is.
+
+        What earlier drives left counts in full until nobody has seen the cell for ``after_s`` before ``stamp_ns``, by
+        half after twice that time, by a quarter after three times. What the own drive saw is new.
+        """
+        now, found = int(stamp_ns) // 1_000_000_000, False
+        old = np.zeros(window.shape, np.uint16)
+        with self._guard:
+            for block, tile in self._tiles_of(window):
+                if now - tile.oldest_s <= after_s:
+                    continue
+                evidence, seen = (values[block.in_tile] for values in tile.earlier())
+                age = np.where(seen > 0, (now - seen.astype(np.int64)) / after_s - 1, 0)
+                old[block.in_window] = np.rint(evidence * (1 - 0.5 ** np.maximum(age, 0)))
+                found = True
+        return old if found and old.any() else None
 
     def last_seen(self, window: Window) -> NDArray[np.int64]:
         """Return when each cell [rows, cols] was last written, ns in whole seconds; 0 = never."""

@@ -59,6 +59,7 @@ class Tile:
         """the cells before the own drive; None: empty"""
         self.kept: NDArray[np.float32] = np.empty(0, np.float32)
         """[64, 64] share of these that is left; where there are any"""
+        self._oldest_s: int | None = None
         self.edits = 0
         """counts the changes, to tell whether a tile changed while it was being saved"""
 
@@ -66,6 +67,26 @@ class Tile:
     def nbytes(self) -> int:
         own = 0 if self.touched is None else self.touched.nbytes + self.weight.nbytes + self.kept.nbytes
         return self.cells.nbytes + own + (0 if self.before is None else self.before.nbytes)
+
+    def earlier(self) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+        """Return what is left of the evidence [64, 64] from before the own drive, and when it was seen then (s).
+
+        Where nobody can tell any more when that was, it is 0.
+        """
+        if self.touched is None:
+            return self.cells.evidence, self.cells.last_seen_s
+        before = self.before or Cells(0)
+        left = before.evidence if self.before is None else np.rint(self.kept * before.evidence).astype(np.uint16)
+        return left, before.last_seen_s
+
+    @property
+    def oldest_s(self) -> int:
+        """When the cell of :meth:`earlier` that was left alone for longest was seen, s; 2^32 where there is none."""
+        if self._oldest_s is None:
+            evidence, seen = self.earlier()
+            known = seen[(evidence > 0) & (seen > 0)]
+            self._oldest_s = int(known.min()) if known.size else 2**32
+        return self._oldest_s
 
     def begin(self) -> None:
         """Make room for what the own drive adds."""
