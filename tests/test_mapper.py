@@ -1,6 +1,7 @@
 """The online mapper: what it remembers, what it refuses, and that it repeats itself to the bit."""
 
 import dataclasses
+import io
 import math
 import threading
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bag_fixtures import bag_messages, feed, jpeg, make_bag
+from PIL import Image
 
 from nmp.assembly import FrameAssembler
 from nmp.errors import NmpError
@@ -249,6 +251,12 @@ def _with_image(frame: Frame, image: object) -> Frame:
     return dataclasses.replace(frame, shots=tuple(changed))
 
 
+def _gif() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (1600, 900)).save(data, "GIF")
+    return data.getvalue()
+
+
 def _with_nan(frame: Frame) -> Frame:
     pose = frame.map_from_base.copy()
     pose[0, 3] = math.nan
@@ -261,6 +269,7 @@ def _with_nan(frame: Frame) -> Frame:
         (_without_camera, "no image of cam_back"),
         (lambda f: _with_image(f, jpeg(width=80, height=45)), "cam_back: image is 80 x 45, camera_info says 160 x 90"),
         (lambda f: _with_image(f, np.zeros((45, 80, 3), np.uint8)), "cam_back: image is 80 x 45"),
+        (lambda f: _with_image(f, _gif()), "cam_back: image data cannot be decoded"),
         (lambda f: _with_image(f, b"not a picture"), "cam_back: image data cannot be decoded"),
         (lambda f: _with_image(f, jpeg()[:300]), "cam_back: image data cannot be decoded"),
         (_with_nan, "pose is not finite"),

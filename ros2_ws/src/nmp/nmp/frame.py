@@ -25,6 +25,9 @@ CAMERAS: tuple[str, ...] = (
 ANCHOR_CAMERA = "cam_front"
 """The camera whose stamp and ego pose stand for the whole frame."""
 
+IMAGE_FORMATS = ("JPEG", "PNG")
+"""Of encoded images. No decoder of another format is given what comes from outside."""
+
 UNSTATED_STD = (0.5, 0.02)
 """How far a pose may be off, m and rad, where nobody says: standard deviations."""
 

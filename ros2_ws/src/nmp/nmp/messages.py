@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nmp.errors import NmpError
+from nmp.frame import IMAGE_FORMATS
 from nmp.geometry import Array, transform_from
 
 NS = 1_000_000_000
@@ -117,7 +118,7 @@ def look_at(topic: str, stamp: int, fetch: Callable[[], Any]) -> Look:
         return Look(size, msg, ("bad image", fault) if fault else None)
     try:
         data = bytes_of(msg)
-        with Image.open(io.BytesIO(cast(bytes, data)), formats=("JPEG", "PNG")) as header:  # reads the header only
+        with Image.open(io.BytesIO(cast(bytes, data)), formats=IMAGE_FORMATS) as header:  # reads the header only
             size, kind = header.size, header.format
         if kind == "JPEG" and b"\xff\xd9" not in data[-1024:].tobytes():
             raise ValueError("its end is cut off")

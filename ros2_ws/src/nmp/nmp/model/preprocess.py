@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from nmp.errors import NmpError
-from nmp.frame import CAMERAS, CameraShot, Frame
+from nmp.frame import CAMERAS, IMAGE_FORMATS, CameraShot, Frame
 from nmp.geometry import Array, flatten_to_plane, inverse
 from nmp.model.config import NetworkConfig
 
@@ -68,7 +68,7 @@ def _decode(shot: CameraShot, width: int) -> NDArray[np.uint8]:
             )
         return shot.image
     try:
-        size = Image.open(BytesIO(shot.image)).size
+        size = Image.open(BytesIO(shot.image), formats=IMAGE_FORMATS).size
     except (UnidentifiedImageError, OSError) as error:
         raise NmpError(f"{camera.name}: image data cannot be decoded ({error}): check the camera driver") from error
     if size != (camera.width, camera.height):
