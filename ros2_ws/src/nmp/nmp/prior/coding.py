@@ -258,10 +258,10 @@ def unpack(text: str) -> Array:
 
 # -- blocks -------------------------------------------------------------------------------------------------
 #
-# By block, the cells of a tile are [..., block, place in the block]: the cosine transform of all blocks is then a product
-# of matrices, and so is what is done to the channels. What comes out lies as it is written, [frequency, ..., block].
-# Products are of matrices so small that numpy's library starts no threads for them in any process: these would take
-# longer than the product, and stand in the way of those that map.
+# By block, the cells of a tile are [..., block, place in the block]: the cosine transform of all blocks is then a
+# product of matrices, and so is what is done to the channels. What comes out lies as it is written, [frequency, ...,
+# block]. Products are of matrices so small that numpy's library starts no threads for them in any process: these would
+# take longer than the product, and stand in the way of those that map.
 
 
 def _table() -> Array:
