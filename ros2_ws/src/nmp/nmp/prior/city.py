@@ -31,8 +31,10 @@ _log = logging.getLogger(__name__)
 _BATCH = 8
 _AHEAD_M = 80.0
 """how far along the heading tiles are fetched, m"""
-_STRIDE_M = 10.0
-"""from one of the windows to the next that a car will come to on the way, m"""
+_STRIDE_M = 16.0
+"""from one of the windows to the next that a car will come to on the way, m: less than the edge of a tile"""
+_MOVED_M, _TURNED = 4.0, 0.1
+"""how far a car moves (m) or turns (rad) before what lies ahead is looked through again"""
 _SHARED = 4
 """tiles from which on two threads load them: those of a first read, for which a car waits"""
 
@@ -199,6 +201,10 @@ class CityPrior:
         if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(heading)):
             raise NmpError(f"pose ({x}, {y}, {heading}) is not finite: check the localisation")
         self._check_open()
+        if self._way is not None:
+            near = math.hypot(x - self._way[0], y - self._way[1]) < _MOVED_M
+            if near and abs(math.remainder(heading - self._way[2], math.tau)) < _TURNED:
+                return
         self._way = x, y, heading
         with self._guard:
             if self._closed:

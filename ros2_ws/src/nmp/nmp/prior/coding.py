@@ -148,7 +148,7 @@ class Coding:
         known, trust = self._trust(planes[-2])
         centred = _by_block(latent) - np.array(self.mean, np.float64)[:, None, None]
         centred *= trust * (evidence > 0)
-        values = product(self._forward.reshape(-1, self.channels), centred.reshape(self.channels, -1))
+        values = _mixed(self._forward.reshape(-1, self.channels), centred)
         values *= 2.0 ** (_IN_BITS - _FORWARD_BITS) / _TRUST
         steps = _cosines(np.rint(values, out=values))
         steps *= 2.0 ** -(_IN_BITS + 2 * _COSINE_BITS)
@@ -174,8 +174,7 @@ class Coding:
         values = _values(planes[:-2])
         values *= 2.0 ** (_IN_BITS - 2 * _COSINE_BITS)
         np.rint(values, out=values)
-        mixed = product(self._back.reshape(self.channels, -1), values.reshape(self.components, -1))
-        latent = mixed.reshape(self.channels, *trust.shape)
+        latent = _mixed(self._back.reshape(self.channels, -1), values.reshape(self.components, *trust.shape))
         latent /= 2.0 ** (_BACK_BITS + _IN_BITS) * np.maximum(trust, 1) / _TRUST
         latent += np.array(self.mean, np.float64)[:, None, None]
         whole = np.rint(latent, out=latent).astype(np.int32)
@@ -259,9 +258,10 @@ def unpack(text: str) -> Array:
 
 # -- blocks -------------------------------------------------------------------------------------------------
 #
-# By block, the cells of a tile are [..., block, place in the block]: the cosine transform of all blocks is then one
+# By block, the cells of a tile are [..., block, place in the block]: the cosine transform of all blocks is then a
 # product of matrices, and so is what is done to the channels. What comes out lies as it is written, [frequency, ...,
-# block].
+# block]. Products are of matrices so small that numpy's library starts no threads for them in any process: these would
+# take longer than the product, and stand in the way of those that map.
 
 
 def _table() -> Array:
@@ -281,17 +281,24 @@ def _table() -> Array:
 _COSINES = _table()
 
 
+def _mixed(matrix: Array, values: Array) -> Array:
+    """Return a matrix [M, N] times values by block, [N, 64, 64]."""
+    return np.ascontiguousarray(product(matrix, values.swapaxes(0, 1)).swapaxes(0, 1))
+
+
 def _cosines(values: Array) -> Array:
     """Return the cosine transform [frequency, N] of values by block, [N, 64] in any shape, times 2^24."""
-    return product(_COSINES, values.reshape(-1, _SIZE).T)
+    parts = values.reshape(-1, _BLOCKS * _BLOCKS, _SIZE)
+    return product(_COSINES, parts.swapaxes(1, 2)).swapaxes(0, 1).reshape(_SIZE, -1)
 
 
 def _values(planes: NDArray[np.uint8]) -> Array:
     """Return by block, [N, 64], the values whose cosine transform :func:`_bytes` wrote, times 2^24."""
-    codes = np.ascontiguousarray(planes).view(np.int8).reshape(_SIZE, -1)
-    used = np.flatnonzero(codes.any(1))  # of most tiles the high frequencies are zero
+    codes = np.ascontiguousarray(planes).view(np.int8).reshape(_SIZE, -1, _BLOCKS * _BLOCKS)
+    used = np.flatnonzero(codes.any((1, 2)))  # of most tiles the high frequencies are zero
     count = int(used[-1]) + 1 if len(used) else 1
-    return product(codes[:count].astype(np.float64).T, _COSINES[:count])
+    parts = codes[:count].astype(np.float64).transpose(1, 2, 0)
+    return product(parts, _COSINES[:count]).reshape(-1, _SIZE)
 
 
 def _bytes(codes: Array) -> NDArray[np.uint8]:
