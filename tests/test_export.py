@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nmp.errors import NmpError
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
+from nmp.model.weights import read_description, weights_file
 from nmp_train.checkpoint import save_checkpoint
 from nmp_train.config import TrainConfig
 from nmp_train.export import add_arguments, export, run
@@ -180,3 +181,13 @@ def test_the_command(network: BEVNetwork, tmp_path: Path, capsys: pytest.Capture
     add_arguments(parser)
     run(parser.parse_args([str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "x.safetensors")]))
     assert load_network(tmp_path / "x.safetensors")[1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cpu_default", "gpu_default"])
+def test_shipped_weights_say_what_they_learned_from_and_how_they_score(name: str) -> None:
+    description = read_description(name)
+    assert weights_file(name).stat().st_size <= 16 * 2**20
+    assert description["training_set"]["worlds"]["seeds"] > 0
+    alone, empty, again = (description["metrics"][k]["miou"] for k in ("no prior", "empty", "one trip before"))
+    assert alone < empty < again
+    assert {"day", "rain", "night", "0-10 m"} <= set(description["metrics"]["empty"]["breakdown"])
