@@ -134,7 +134,7 @@ def test_exports_that_would_fail_leave_nothing_behind(network: BEVNetwork, tmp_p
     (tmp_path / "torn.json").write_text("{")
     out = tmp_path / "out" / "x.safetensors"
     for message, source_path, options in (
-        ("more than 0.1: allow it with --max-mib 1", source, {"max_mib": 0.1}),
+        ("more than 0.1: allow it with --max-mib 2", source, {"max_mib": 0.1}),
         ("torn.json cannot be read", source, {"metrics": [tmp_path / "torn.json"]}),
         ("leave out --no-vectors", source, {"vectors": False}),
         ("has no network.safetensors", tmp_path, {}),

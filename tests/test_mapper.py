@@ -494,7 +494,7 @@ def test_the_shipped_weights_are_the_default(frames: list[Frame], tmp_path: Path
 def test_weights_for_a_gpu_are_shipped_by_name(tmp_path: Path) -> None:
     network, fingerprint = load_network("gpu_default")
     assert (network.config.input_width, network.config.prior_channels) == (704, 32)
-    assert read_description("gpu_default")["network"]["prior_channels"] == 64
+    assert read_description("gpu_default")["network"]["prior_channels"] == 32
     assert weights_file("gpu_default").stat().st_size < 16 * 2**20
     assert fingerprint != load_network()[1]
     assert weights_file("mine/net.safetensors") == Path("mine/net.safetensors")
