@@ -182,6 +182,26 @@ def test_layers_have_no_seams_and_lines_stay_visible_from_afar(tmp_path: Path) -
         assert (line < 10).sum() >= 1 and (far[:, 0] == GROUND).all()
 
 
+def test_nothing_is_felt_from_beyond_the_margin() -> None:
+    """With a network that looks far, cells with the margin around them come out as they do with twice as much."""
+    recall = Recall(load_network("gpu_default")[0])
+    side, cells = 4 * recall.margin, 16
+    rng = np.random.default_rng(0)
+    rough = rng.normal(0, 60, (recall._network.state_channels, side // 4, side // 4))
+    latent = rough.repeat(4, 1).repeat(4, 2).clip(-127, 127).astype(np.int8)
+    evidence = np.full((side, side), 1280, np.uint16)
+
+    def middle(margin: int) -> NDArray[np.float32]:
+        part = slice(side // 2 - margin, side // 2 + cells + margin)
+        layers = recall(np.ascontiguousarray(latent[:, part, part]), np.ascontiguousarray(evidence[part, part]))
+        inner = slice(margin * CELL_PX, (margin + cells) * CELL_PX)
+        return layers[:, inner, inner]
+
+    whole = middle(2 * recall.margin - 2 * cells)
+    assert np.abs(middle(recall.margin) - whole).max() < 1e-4
+    assert np.abs(middle(recall.margin // 4 // 8 * 8) - whole).max() > 1e-2
+
+
 def test_age_and_traversals_are_told_by_drives(tmp_path: Path) -> None:
     drive(tmp_path, Window(0, 0, 40, 40), stamp_ns=HOUR)
     folder = drive(tmp_path, Window(0, 20, 40, 40), stamp_ns=5 * HOUR, seed=1)
