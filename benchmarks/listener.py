@@ -37,7 +37,8 @@ KEPT = 60
 class Listener(Node):
     """Notes when calibrations were published, and when layers came."""
 
-    def __init__(self, out: Path, stop: threading.Event) -> None:
+    def __init__(self, out: Path, to: str, stop: threading.Event) -> None:
+        """:param to: ``all`` that the node publishes, or its ``layers`` alone"""
         super().__init__("listener")
         self._out = out
         self._sent: defaultdict[str, deque[tuple[int, int]]] = defaultdict(lambda: deque(maxlen=KEPT))
@@ -50,9 +51,11 @@ class Listener(Node):
             self.create_subscription(CameraInfo, topics.camera_info_topic(camera), take, qos, raw=True)
         for name in CLASSES:
             self._listen(OccupancyGrid, topics.layer_topic(name), LAYERS_IN, partial(self._on_layer, name))
-            self._listen(OccupancyGrid, topics.city_topic(name), topics.LATCHED)
-        self._listen(MarkerArray, topics.VECTORS, topics.LATCHED)
-        self._listen(Image, topics.BEV, topics.PICTURE)
+        if to == "all":
+            for name in CLASSES:
+                self._listen(OccupancyGrid, topics.city_topic(name), topics.LATCHED)
+            self._listen(MarkerArray, topics.VECTORS, topics.LATCHED)
+            self._listen(Image, topics.BEV, topics.PICTURE)
 
     def _listen(self, kind: type, topic: str, qos: topics.TopicQos, take: Any = None) -> None:
         def on_message(data: bytes) -> None:
@@ -88,4 +91,4 @@ class Listener(Node):
 
 
 if __name__ == "__main__":
-    sys.exit(run_node(partial(Listener, Path(sys.argv.pop(1)))))
+    sys.exit(run_node(partial(Listener, Path(sys.argv.pop(1)), sys.argv.pop(1))))

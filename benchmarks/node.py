@@ -3,7 +3,8 @@
     python benchmarks/node.py BAG --seconds 120 [--fast] [--rate 1.0] [--set min_cameras=5 ...] [--out node.json]
 
 The bag is played in a loop, with ``--fast`` as six cameras at 12 Hz (benchmarks/fast_cameras.py). The node has the
-parameters of config/cpu.yaml. A third process (benchmarks/listener.py) listens to all that the node publishes. Prints
+parameters of config/cpu.yaml. A third process (benchmarks/listener.py) listens to all that the node publishes, or with
+``--listen layers`` to the layers alone, so that the node makes neither vectors nor pictures. Prints
 (and writes) JSON: images of the front camera and layers a second, keyframes that were asked for and lost, latency from
 a frame's last message to its layers as the node counts it (s), median seconds of each stage, the share of ROS in them
 (taking messages apart and layers out; DDS itself is not in it), what the listener saw ("outside": from the publication
@@ -47,9 +48,10 @@ def start(role: str, environment: dict[str, str], **parameters: Any) -> subproce
     return subprocess.Popen(command, env=environment)
 
 
-def listen(environment: dict[str, str], out: Path) -> subprocess.Popen[bytes]:
-    """Start somebody who listens, and writes what came to a file in the end."""
-    return subprocess.Popen([sys.executable, str(Path(__file__).with_name("listener.py")), str(out)], env=environment)
+def listen(environment: dict[str, str], out: Path, to: str) -> subprocess.Popen[bytes]:
+    """Start somebody who listens to ``all`` or to the ``layers``, and writes what came to a file in the end."""
+    command = [sys.executable, str(Path(__file__).with_name("listener.py")), str(out), to]
+    return subprocess.Popen(command, env=environment)
 
 
 def slope_mb_h(memory: list[tuple[float, float]]) -> float | None:
@@ -76,8 +78,8 @@ def busy_s() -> float:
     return sum(int(ticks) for ticks in (user, nice, system, *interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast: bool) -> dict[str, Any]:
-    """Play a bag into a node for so long, and return what it counted."""
+def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast: bool, to: str) -> dict[str, Any]:
+    """Play a bag into a node for so long, and return what it counted; ``to``: what is listened to, all or layers."""
     environment = os.environ | {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
         **loopback({}),
@@ -88,7 +90,7 @@ def measure(bag: Path, seconds: float, rate: float, extra: dict[str, str], fast:
         stats = Path(folder) / "stats.json"
         node = start("mapping", environment, stats_file=stats, prior_dir=f"{folder}/prior", **extra)
         outside = Path(folder) / "outside.json"
-        listener = listen(environment, outside)
+        listener = listen(environment, outside, to)
         player = start("player", environment, bag=bag, rate=rate, loop="true", wait_for_subscribers=120.0)
         memory: list[tuple[float, float]] = []
         used: list[tuple[float, float, float, float]] = []
@@ -137,11 +139,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--fast", action="store_true", help="six cameras at 12 Hz, keyframes as in the bag")
+    parser.add_argument("--listen", choices=("all", "layers"), default="all", help="to what (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the node")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     extra = dict(s.split("=", 1) for s in args.set)
-    text = json.dumps(measure(args.bag, args.seconds, args.rate, extra, args.fast), indent=2)
+    text = json.dumps(measure(args.bag, args.seconds, args.rate, extra, args.fast, args.listen), indent=2)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
