@@ -164,17 +164,18 @@ class CityPrior:
         What earlier drives left counts in full until nobody has seen the cell for ``after_s`` before ``stamp_ns``, by
         half after twice that time, by a quarter after three times. What the own drive saw is new.
         """
-        now, found = int(stamp_ns) // 1_000_000_000, False
-        old = np.zeros(window.shape, np.uint16)
+        now = int(stamp_ns) // 1_000_000_000
+        old: NDArray[np.uint16] | None = None  # most windows hold nothing that is
         with self._guard:
             for block, tile in self._tiles_of(window):
                 if now - tile.oldest_s <= after_s:
                     continue
                 evidence, seen = (values[block.in_tile] for values in tile.earlier())
                 age = np.where(seen > 0, (now - seen.astype(np.int64)) / after_s - 1, 0)
+                if old is None:
+                    old = np.zeros(window.shape, np.uint16)
                 old[block.in_window] = np.rint(evidence * (1 - 0.5 ** np.maximum(age, 0)))
-                found = True
-        return old if found and old.any() else None
+        return old if old is not None and old.any() else None
 
     def last_seen(self, window: Window) -> NDArray[np.int64]:
         """Return when each cell [rows, cols] was last written, ns in whole seconds; 0 = never."""

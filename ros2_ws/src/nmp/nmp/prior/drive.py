@@ -75,9 +75,9 @@ class Tile:
         """
         if self.touched is None:
             return self.cells.evidence, self.cells.last_seen_s
-        before = self.before or Cells(0)
-        left = before.evidence if self.before is None else np.rint(self.kept * before.evidence).astype(np.uint16)
-        return left, before.last_seen_s
+        if self.before is None:
+            return np.zeros((TILE, TILE), np.uint16), np.zeros((TILE, TILE), np.uint32)
+        return np.rint(self.kept * self.before.evidence).astype(np.uint16), self.before.last_seen_s
 
     @property
     def oldest_s(self) -> int:
