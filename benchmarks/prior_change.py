@@ -10,11 +10,15 @@ changed follows from the maps of the days. For each drive and cell: how much the
 
 and how much of the evidence from before the change is left, for several pairs of thresholds. Cells count by what
 happened there (kerbs are drawn as boundaries), by the visits since, and apart where hardly anything was seen of them.
+
+"layers" is what comes out in the end: of the pixels of the layers within 15 m of the car where something was removed or
+added, and of those of an unchanged crossing, the share that the layers show, with the prior and without one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -29,8 +33,8 @@ from tqdm import tqdm
 
 from nmp.changelog import local_date
 from nmp.evaluation import CityMaps
-from nmp.frame import CLASSES
-from nmp.geometry import BevGrid
+from nmp.frame import CLASSES, LocalMap
+from nmp.geometry import BevGrid, yaw_of
 from nmp.mapper import OnlineMapper
 from nmp.prior import cells as rules
 from nmp.prior.cells import Cells
@@ -48,6 +52,8 @@ HIDDEN = 64
 """evidence (1/4 of a unit) below which a drive hardly saw a cell"""
 NEAR = 3
 """cells around a change that count neither as changed nor as unchanged"""
+CLOSE_M = 15.0
+"""how near the car has to come for a pixel of the layers to count"""
 
 
 def render(folder: Path, seed: int) -> Path:
@@ -59,18 +65,52 @@ def render(folder: Path, seed: int) -> Path:
     return data
 
 
-def drive(weights: Path, data: Path, version: str, prior: Path) -> tuple[str, list[str]]:
-    """Map all scenes, each as a drive; return the city and the day of each drive."""
-    days, location = [], ""
-    with OnlineMapper(weights, prior) as mapper:
+Shown = dict[str, dict[str, NDArray[np.int64]]]
+"""by what happened and how the layers were made: pixels that they show, and all"""
+
+
+def drive(weights: Path, data: Path, version: str, prior: Path, shown: Shown) -> tuple[str, list[str]]:
+    """Map all scenes, each as a drive, also without a prior; return the city and the day of each drive."""
+    days: list[str] = []
+    location, maps = "", CityMaps(data)
+    with OnlineMapper(weights, prior) as mapper, OnlineMapper(weights, use_prior=False) as plain:
         for scene in tqdm(read_scenes(data, version), desc=data.name, unit="drive"):
             frames = scene_frames(scene).frames
-            for frame in frames:
-                mapper.update(frame)
-            mapper.close()
             location = scene.location
             days.append(local_date(location, frames[0].stamp_ns))
+            for frame in frames:
+                layers = {"with the prior": mapper.update(frame), "without": plain.update(frame)}
+                happened = changes_in_view(maps, days, layers["without"])
+                for (what, pixels), (how, found) in itertools.product(happened.items(), layers.items()):
+                    counts = [(pixels & (found.masks > 0)).sum(), pixels.sum()]
+                    shown[what][how] = shown[what].get(how, np.zeros(2, np.int64)) + counts
+            mapper.close()
     return location, days
+
+
+def changes_in_view(maps: CityMaps, days: list[str], seen: LocalMap) -> dict[str, NDArray[np.bool_]]:
+    """Return the pixels [3, rows, cols] near the car by what has happened there up to the last of the days.
+
+    A change is told by the number of drives since, the present one included.
+    """
+    pose, grid = seen.map_from_base, seen.grid
+    near = np.linalg.norm(grid.centres(), axis=-1).reshape(grid.shape) < CLOSE_M
+    place = (float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose))
+    states = [rasterize(maps.city(seen.location, day), *place, grid) > 0 for day in days]
+    now, found = states[-1], {}
+    for number, (before, after) in enumerate(itertools.pairwise(states)):
+        visit = len(days) - number - 1
+        for index, name in enumerate(CLASSES):
+            own = np.zeros_like(now)
+            own[index] = near
+            found[f"{name} removed, visit {visit}"] = own & before & ~after & ~now
+            found[f"{name} added, visit {visit}"] = own & ~before & after & now
+    steady = np.logical_and.reduce(states) & near
+    for index, name in enumerate(CLASSES):
+        own = np.zeros_like(now)
+        own[index] = steady[index]
+        found[f"{name} unchanged, visit {len(days)}"] = own
+    return {what: pixels for what, pixels in found.items() if pixels.any()}
 
 
 class Truth:
@@ -194,13 +234,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     shipped = rules.AGREES, rules.CONTRADICTS
+    shown: Shown = defaultdict(dict)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = options.data or [render(folder, seed) for seed in SEEDS]
         cities = []
         for number, path in enumerate(data):
             prior = folder / f"prior-{number}"
-            location, days = drive(options.weights, path, options.version, prior)
+            location, days = drive(options.weights, path, options.version, prior, shown)
             ledger = Ledger.open(Storage(prior / location), read_only=True)
             cities.append((ledger, Truth(path, location, ledger.spec.cell), days))
         results = {}
@@ -216,6 +257,11 @@ def main() -> None:
         "cities": len(cities),
         "drives": sum(len(days) for _, _, days in cities),
         "shipped_thresholds": shipped,
+        "layers_show_percent": {
+            what: {how: round(100 * int(part) / int(every), 1) for how, (part, every) in ways.items()}
+            | {"pixels": int(next(iter(ways.values()))[1])}
+            for what, ways in sorted(shown.items())
+        },
         "thresholds": results,
     }
     text = json.dumps(report, indent=2)
