@@ -46,7 +46,7 @@ def commands(options: argparse.Namespace, config: TrainConfig) -> list[list[str]
     for name, parts in ROWS.items():
         scores = _scores(options.out, name)
         folder = scores.with_suffix("")
-        begin = ["--start", str(first / "network.safetensors"), "--first-stage", "2"]
+        begin = ["--weights", str(first / "network.safetensors"), "--first-stage", "2"]
         out.append([*fit, str(folder), *_switches(*parts), *begin])
         out.append(["eval", str(folder / "network.safetensors"), *evaluate, "--json", str(scores)])
     return out

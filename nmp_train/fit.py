@@ -42,7 +42,7 @@ def fit(
     config: TrainConfig,
     out: Path,
     *,
-    start: Path | None = None,
+    weights: Path | None = None,
     backbone: Path | None = None,
     first_stage: int = 1,
     device_name: str | None = None,
@@ -51,7 +51,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train the stages from ``first_stage`` on, writing ``<out>/network.safetensors`` with its JSON after each.
 
-    :param start: weights to begin with, as a run of earlier stages left them
+    :param weights: what to begin with, as a run of earlier stages left them
     :param backbone: weights of another network, or of a torchvision ResNet, to begin with their backbone
     :param device_name: cuda or cpu; None for a GPU where there is one
     :param resume: go on from the checkpoint in ``out``, if there is one
@@ -72,16 +72,16 @@ def fit(
         log.info("the run in %s is complete", out)
         done: dict[str, Any] = json.loads((out / "training.json").read_text())
         return done
-    if (config.backbone_frozen or config.backbone_norms == "fixed") and not (start or backbone or checkpoint):
+    if (config.backbone_frozen or config.backbone_norms == "fixed") and not (weights or backbone or checkpoint):
         raise NmpError(
             "backbone_frozen and backbone_norms: fixed keep the backbone as it begins, and that is at random: give "
-            "weights with --backbone or --start, or set backbone_frozen=0 backbone_norms=trained"
+            "weights with --backbone or --weights, or set backbone_frozen=0 backbone_norms=trained"
         )
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     network = BEVNetwork(config.network)
-    if start:
-        network = _start(start, config)
+    if weights:
+        network = _start(weights, config)
     if backbone:
         _copy_backbone(network, backbone)
     ranks = Ranks.join(kind)
@@ -104,7 +104,7 @@ def fit(
                 "started": {
                     "command": command,
                     "nmp": __version__,
-                    "start": str(start) if start else None,
+                    "weights": str(weights) if weights else None,
                     "backbone": str(backbone) if backbone else None,
                     "first_stage": first_stage,
                 }
@@ -263,7 +263,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("override", nargs="*", help="key=value, for example stages.0.batch=8")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
-    parser.add_argument("--start", type=Path, help="weights to start from")
+    # Not --start, which torchrun takes for an abbreviation of an option of its own, wherever it stands.
+    parser.add_argument("--weights", type=Path, help="weights to begin with")
     parser.add_argument(
         "--backbone",
         type=Path,
@@ -279,7 +280,7 @@ def run(args: argparse.Namespace) -> None:
     fit(
         load_config(args.config, args.override),
         args.out,
-        start=args.start,
+        weights=args.weights,
         backbone=args.backbone,
         first_stage=args.first_stage,
         device_name=args.device,

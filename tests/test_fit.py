@@ -1,7 +1,9 @@
 """The trainer: configurations that are checked, runs that resume and share work exactly, and end in weights."""
 
+import argparse
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import socket
@@ -607,7 +609,7 @@ def test_how_a_run_was_started_stays_with_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("nmp_train.fit._sources", lambda config, device, ranks: (ColouredSource(config), None))
     stages = tuple(StageConfig(seconds=0, steps=1, batch=1) for _ in range(3))
     config = TrainConfig(network=SMALL, workers=0, stages=stages)
-    given = {"start": tmp_path / "other.safetensors", "backbone": tmp_path / "other.safetensors", "first_stage": 2}
+    given = {"weights": tmp_path / "other.safetensors", "backbone": tmp_path / "other.safetensors", "first_stage": 2}
     with monkeypatch.context() as patch:
         kill_after(patch, 2)  # in the third stage
         with pytest.raises(Killed):
@@ -616,7 +618,7 @@ def test_how_a_run_was_started_stays_with_it(tmp_path: Path, monkeypatch: pytest
     expected = {
         "command": "nmp-train fit c.yaml",
         "nmp": __version__,
-        "start": str(tmp_path / "other.safetensors"),
+        "weights": str(tmp_path / "other.safetensors"),
         "backbone": str(tmp_path / "other.safetensors"),
         "first_stage": 2,
     }
@@ -638,4 +640,16 @@ def test_a_backbone_is_taken_from_other_weights(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(NmpError, match="a resnet18 of 2 stages, the configuration a resnet18 of 1"):
         fit(other, tmp_path / "third", backbone=tmp_path / "other.safetensors", device_name="cpu")
     with pytest.raises(NmpError, match="another network.*bev_channels 8 there, 16 here"):
-        fit(config, tmp_path / "fourth", start=tmp_path / "other.safetensors", device_name="cpu")
+        fit(config, tmp_path / "fourth", weights=tmp_path / "other.safetensors", device_name="cpu")
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_torchrun_takes_no_option_for_its_own(command: str) -> None:
+    from torch.distributed.run import get_args_parser
+
+    own = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"nmp_train.{command}").add_arguments(own)
+    options = {option for action in own._actions for option in action.option_strings}
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
+    # It reads abbreviations of its options behind the name of the program too.
+    assert options and not [(ours, other) for ours in options for other in theirs if other.startswith(ours)]
