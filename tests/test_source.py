@@ -1,4 +1,4 @@
-"""Frames made ready, in this process or in one beside it: the same ones, in order, with their errors."""
+"""Frames made ready, in this process or in others beside it: the same ones, in order, with their errors."""
 
 from __future__ import annotations
 
@@ -51,9 +51,11 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bag(tmp_path_factory.mktemp("bag"), FRAMES)
 
 
-def items(kind: type[Source], bag: Path, beside: bool, wait_s: float = 0.0) -> list[Ready | Ended]:
+def items(kind: type[Source], bag: Path, processes: int, wait_s: float = 0.0) -> list[Ready | Ended]:
+    """Return what a source gives, made by so many processes beside this one, or in this one."""
     found: list[Ready | Ended] = []
-    for item in made_ready(kind(bag, "", CONFIG, len(CAMERAS)), beside=beside):
+    source = kind(bag, "", CONFIG, len(CAMERAS))
+    for item in made_ready(source, beside=processes > 0, processes=processes):
         time.sleep(wait_s)
         if isinstance(item, Ready) and item.decoded:  # its images are good until the next one is asked for
             item = item._replace(decoded=item.decoded._replace(images=item.decoded.images.clone()))
@@ -61,8 +63,9 @@ def items(kind: type[Source], bag: Path, beside: bool, wait_s: float = 0.0) -> l
     return found
 
 
-def test_both_ways_give_the_same(drive: Path) -> None:
-    here, beside = items(Source, drive, False), items(Source, drive, True)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_ways_give_the_same(drive: Path, processes: int) -> None:
+    here, beside = items(Source, drive, 0), items(Source, drive, processes)
     assert len(here) == len(beside) == FRAMES + 1
     assert here[-1] == beside[-1] and isinstance(here[-1], Ended) and not here[-1].error
     stamps = []
@@ -75,9 +78,9 @@ def test_both_ways_give_the_same(drive: Path) -> None:
     assert stamps == sorted(stamps)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_errors_come_where_they_belong(drive: Path, beside: bool) -> None:
-    found = items(Tampered, drive, beside)
+@pytest.mark.parametrize("processes", [0, 1, 2])
+def test_errors_come_where_they_belong(drive: Path, processes: int) -> None:
+    found = items(Tampered, drive, processes)
     assert len(found) == 7
     faults = [item.error for item in found]
     assert "cam_front" in faults[1] and faults[-1] == "the bag ends here: copy it again"
@@ -85,18 +88,18 @@ def test_errors_come_where_they_belong(drive: Path, beside: bool) -> None:
 
 
 def test_who_is_slow_gets_all_of_it(drive: Path) -> None:
-    found = items(Source, drive, True, wait_s=0.2)  # the other process ends meanwhile
+    found = items(Source, drive, 2, wait_s=0.2)  # the other processes end meanwhile
     assert len(found) == FRAMES + 1 and isinstance(found[-1], Ended)
 
 
 def test_a_process_that_dies_is_told(drive: Path) -> None:
     with pytest.raises(NmpError, match="the process that reads .* has died"):
-        items(Dying, drive, True)
+        items(Dying, drive, 2)
 
 
 def test_who_stops_early_leaves_nothing_behind(drive: Path) -> None:
-    ready = made_ready(Source(drive, "", CONFIG, len(CAMERAS)), beside=True)
+    ready = made_ready(Source(drive, "", CONFIG, len(CAMERAS)), beside=True, processes=2)
     next(ready)
-    assert multiprocessing.active_children()
+    assert len(multiprocessing.active_children()) == 2
     ready.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
