@@ -27,6 +27,8 @@ MAP_AS_WELL = 2.0
 """how far pose and map may be apart, in standard deviations of the pose: what is stored came at poses like it"""
 SURE = (0.05, 0.002)
 """they are no closer than this, m and rad"""
+SEARCH_STD = (0.2, 0.02)
+"""how far off the search is itself, m and rad: what it finds is weighed against the given pose as a measurement"""
 
 
 class Alignment(NamedTuple):
@@ -59,9 +61,11 @@ class Aligner(nn.Module):
         self.register_buffer("far", far, persistent=False)  # [2, turns, shifts, shifts], m2 and rad2
         self.register_buffer("usual", torch.tensor([UNSTATED_STD]), persistent=False)
         self.register_buffer("sure", torch.tensor([SURE]), persistent=False)
+        self.register_buffer("own", torch.tensor([SEARCH_STD]) ** 2, persistent=False)
         self.far: Tensor
         self.usual: Tensor
         self.sure: Tensor
+        self.own: Tensor
         _, coarse = centres_of(grid)
         c, s = torch.cos(turn)[:, None, None], torch.sin(turn)[:, None, None]
         x, y = coarse[..., 0], coarse[..., 1]
@@ -99,7 +103,10 @@ class Aligner(nn.Module):
             score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
             log_probability = score.flatten(1).log_softmax(dim=1)
             mean, square = (log_probability.exp() @ self.moments).chunk(2, dim=1)
-        return Alignment(mean, (square - mean**2).clamp(min=0).sqrt(), log_probability.view_as(score))
+            deviation = (square - mean**2).clamp(min=0).sqrt()
+            gain = variance / (variance + self.own)  # Kalman's, of a measurement
+            mean = mean * torch.cat([gain[:, :1], gain], dim=1)
+        return Alignment(mean, deviation, log_probability.view_as(score))
 
 
 def moved(pose: Tensor, offset: Tensor) -> Tensor:
