@@ -7,7 +7,8 @@ out: the layers as serialised OccupancyGrids. In between are decoding (six JPEGs
 network and writing the prior, all as in the node. Without BAG, one is made of random pictures of 1600 x 900. The bag is
 played from the start again, an hour later each time, until there are so many frames.
 
-On a GPU the steps run side by side for several frames, up to decoding in a process of its own, as in `nmp map`.
+On a GPU the steps run side by side for several frames, up to reading and decoding in processes of their own, as in
+`nmp map`; each of these reads all of the bag, and the time for that is the time of one of them.
 Messages are those of rclpy where it is installed, else of rosbags, which does the same in Python alone (`--messages`
 chooses). rosbags is needed in any case;
 where there is no package index, carry its wheels there and install them with `pip install --no-index`:
