@@ -20,7 +20,7 @@ from nmp import topics
 from nmp.assembly import FrameAssembler
 from nmp.messages import STAMP_END, stamp_of_cdr
 from nmp.nodes.parameters import SILENT_AFTER
-from nmp.nodes.qos import profile
+from nmp.nodes.qos import profile, reader_events
 from nmp.nodes.settings import Settings
 
 
@@ -33,6 +33,18 @@ class Arrival(NamedTuple):
     transport_s: float | None
     """from its publication until then: on the way, and waiting for the executor. None where the middleware does not say
     when that was, or where the clock of the sender runs ahead of this one"""
+
+
+class _Stream(NamedTuple):
+    """A topic that is listened to."""
+
+    topic: str
+    kind: str
+    """its type, as ROS names it"""
+    subscription: Subscription
+    take: Callable[[Any], None]
+    sealed: bool
+    """``take`` wants the bytes as they came"""
 
 
 class Inputs:
@@ -54,7 +66,7 @@ class Inputs:
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
-        self._subscriptions: list[Subscription] = []
+        self._streams: list[_Stream] = []
         self._steady: set[str] = set()
         """topics that never pause while the car drives; the others may come once only"""
         self._subscribe(settings, assembler)
@@ -69,7 +81,7 @@ class Inputs:
             self._listen(image_type, image, topics.image_qos(transport), keep, steady=True, sealed=True)
             info = topics.camera_info_topic(prefix)
             self._listen(CameraInfo, info, topics.SENSOR_IN, _calibration(assembler, name), sealed=True)
-        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
+        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True)
         if not settings["extrinsics_file"]:
             static = topics.TopicQos(depth=100, latched=True)  # every broadcaster keeps a message of its own
             self._listen(TFMessage, topics.TF_STATIC, static, assembler.add_static_transforms)
@@ -86,37 +98,43 @@ class Inputs:
         take: Callable[[Any], None],
         *,
         steady: bool = False,
-        drain: bool = False,
         sealed: bool = False,
     ) -> None:
         """Subscribe.
 
-        :param drain: take all messages that wait, not only one for every one of the other topics
         :param sealed: ``take`` wants the bytes as they came
         """
-
-        def on_message(msg: Any, info: Mapping[str, Any]) -> None:
-            begin, published_ns = time.monotonic(), int(info["source_timestamp"])
-            transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
-            self._heard[topic] = begin, self._now_ns()
-            # The executor serves one message of each topic in turn: many small ones would fall behind the images.
-            waiting = _waiting(subscription) if drain else ()
-            for message in (msg, *waiting):
-                self.counts[topic] += 1
-                take(message)
-            self._arrived(Arrival(topic, begin, transport_s if transport_s >= 0 else None))
-            self.busy_s += time.monotonic() - begin
-
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        subscription = self._node.create_subscription(kind, topic, cast(Any, on_message), profile(qos), raw=sealed)
-        self._subscriptions.append(subscription)
+
+        def on_message(msg: Any, info: Mapping[str, Any]) -> None:
+            self._take(stream, msg, info)
+            # The executor waits anew after each message it takes, which costs more than the message, and it serves one
+            # of each topic in turn: many small ones would fall behind the images. So all that is here is taken.
+            for other in self._streams:
+                for more in _waiting(other):
+                    self._take(other, *more)
+
+        subscription = self._node.create_subscription(
+            kind, topic, cast(Any, on_message), profile(qos), event_callbacks=reader_events(qos), raw=sealed
+        )
+        stream = _Stream(topic, f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}", subscription, take, sealed)
+        self._streams.append(stream)
+
+    def _take(self, stream: _Stream, message: Any, info: Mapping[str, Any]) -> None:
+        begin, published_ns = time.monotonic(), int(info["source_timestamp"])
+        transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
+        self._heard[stream.topic] = begin, self._now_ns()
+        self.counts[stream.topic] += 1
+        stream.take(message)
+        self._arrived(Arrival(stream.topic, begin, transport_s if transport_s >= 0 else None))
+        self.busy_s += time.monotonic() - begin
 
     def close(self) -> None:
         """Stop listening."""
-        while self._subscriptions:
-            self._node.destroy_subscription(self._subscriptions.pop())
+        while self._streams:
+            self._node.destroy_subscription(self._streams.pop().subscription)
 
     def silent(self) -> list[str]:
         """Return the inputs from which nothing comes, each with what is known of its publishers.
@@ -136,13 +154,20 @@ class Inputs:
             if quiet > SILENT_AFTER and (still := now - self._clock[0]) > SILENT_AFTER:
                 return [f"{topics.CLOCK}: time stands still for {still:.0f} s: is the recording over, or held?"]
         out = []
-        for topic in self.counts:
-            heard = self._heard.get(topic)
+        for stream in self._streams:
+            topic, heard = stream.topic, self._heard.get(stream.topic)
             if heard is None or (topic in self._steady and now - heard[0] > SILENT_AFTER and self._missed(heard)):
-                count = self._node.count_publishers(topic)
                 since = "never" if heard is None else f"for {now - heard[0]:.0f} s not"
-                out.append(f"{topic} ({since} received, {count} publisher{'' if count == 1 else 's'})")
+                out.append(f"{topic} ({since} received, {self._publishers_of(stream)})")
         return out
+
+    def _publishers_of(self, stream: _Stream) -> str:
+        """Say how many publishers a topic has, and of which type where that is another one."""
+        found = self._node.get_publishers_info_by_topic(stream.subscription.topic_name)
+        text = f"{len(found)} publisher{'' if len(found) == 1 else 's'}"
+        if others := sorted({publisher.topic_type for publisher in found} - {stream.kind}):
+            text += f" of {', '.join(others)} instead of {stream.kind}"
+        return text
 
     def _missed(self, heard: tuple[float, int]) -> bool:
         """Whether time went on, by the node's clock, since a message was heard."""
@@ -176,8 +201,9 @@ def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], None
     return take
 
 
-def _waiting(subscription: Subscription) -> Iterator[Any]:
-    """Take the messages that wait at a subscription."""
-    with subscription.handle:
-        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
-            yield taken[0]
+def _waiting(stream: _Stream) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Take the messages that wait at a subscription, each with what the middleware says of it."""
+    handle = stream.subscription.handle
+    with handle:
+        while (taken := handle.take_message(stream.subscription.msg_type, stream.sealed)) is not None:
+            yield taken

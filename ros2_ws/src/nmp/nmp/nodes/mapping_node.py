@@ -310,7 +310,8 @@ class MappingNode(ManagedNode):
             self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
-            outputs.publish_extras(local_map, mapper.traversals)
+            worker = self.worker
+            outputs.publish_extras(local_map, mapper.traversals, hurry=worker is not None and worker.waiting > 0)
             if end - self._prior_at_s > PRIOR_EVERY:
                 self._prior_at_s = end
                 with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
