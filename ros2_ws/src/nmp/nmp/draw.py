@@ -204,7 +204,8 @@ def layers_picture(
     seen = np.ones(grid.shape, np.uint8) if evidence is None else (evidence > 0).astype(np.uint8)
     size = (grid.cols * scale, grid.rows * scale)
     # Row 0 is the right edge of the region, so flipped it is the bottom of the picture.
-    base = cv2.applyColorMap(cv2.resize(seen[::-1], size, interpolation=cv2.INTER_NEAREST), _INK_OR_GROUND)
+    shown = cv2.resize(seen[::-1], size, interpolation=cv2.INTER_NEAREST)
+    base = np.asarray(cv2.applyColorMap(shown, _INK_OR_GROUND), np.uint8)
     pixels_per_m = scale / grid.resolution
 
     def pixel(x: float, y: float) -> tuple[int, int]:

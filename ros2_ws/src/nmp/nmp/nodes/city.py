@@ -59,10 +59,9 @@ def _coarse(local_map: LocalMap) -> LocalMap:
         # what does not fill a cell is cut off alike on both sides, so that the car stays in the middle
         y, x = ((size - count * factor) // 2 for size, count in zip(grid.shape, (rows, cols), strict=True))
         whole = values[..., y : y + rows * factor, x : x + cols * factor]
-        for axis in (-1, -2):  # one step after the other is many times as fast as both axes of blocks at once
-            whole = reduce(
-                np.maximum, (whole[..., i::factor] if axis == -1 else whole[..., i::factor, :] for i in range(factor))
-            )
+        # one step after the other: several times as fast as the maximum over the blocks
+        whole = reduce(np.maximum, (whole[..., i::factor] for i in range(factor)))
+        whole = reduce(np.maximum, (whole[..., i::factor, :] for i in range(factor)))
         return np.asarray(whole, np.float32)
 
     return LocalMap(

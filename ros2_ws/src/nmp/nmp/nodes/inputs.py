@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
+from rclpy.callback_groups import CallbackGroup
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
@@ -22,6 +25,9 @@ from nmp.messages import STAMP_END, stamp_of_cdr
 from nmp.nodes.parameters import SILENT_AFTER
 from nmp.nodes.qos import profile, reader_events
 from nmp.nodes.settings import Settings
+
+LOOK_EVERY_S = 0.01
+"""from one look at the topics to the next, s"""
 
 
 class Arrival(NamedTuple):
@@ -42,15 +48,33 @@ class _Stream(NamedTuple):
     kind: str
     """its type, as ROS names it"""
     subscription: Subscription
-    take: Callable[[Any], None]
+    take: Callable[[Any], bool | None]
+    """hands a message to the assembler; False: it says nothing new"""
     sealed: bool
     """``take`` wants the bytes as they came"""
 
 
-class Inputs:
-    """The subscriptions of one activation.
+class Unwatched(CallbackGroup):
+    """Subscriptions at which no executor looks."""
 
-    :param arrived: called after every message that the assembler took, in the executor's thread
+    def can_execute(self, entity: Any) -> bool:
+        return False
+
+    def beginning_execution(self, entity: Any) -> bool:
+        return False
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: nothing was begun."""
+
+
+class Inputs:
+    """The subscriptions of one activation, and a thread that looks at them.
+
+    For every message, and once more after it, an executor of rclpy makes a list of all that the node waits for: a sixth
+    of a core with six cameras at 12 Hz, which the network lacks. And it serves one message of each topic in turn, so
+    that after a pause some topics are ahead of others.
+
+    :param arrived: called after every message that the assembler took, in that thread
     """
 
     def __init__(
@@ -66,7 +90,12 @@ class Inputs:
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
+        self.lock = threading.RLock()
+        """held while messages are taken: nobody else may touch the assembler then"""
         self._streams: list[_Stream] = []
+        self._group = Unwatched()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
         self._steady: set[str] = set()
         """topics that never pause while the car drives; the others may come once only"""
         self._subscribe(settings, assembler)
@@ -95,7 +124,7 @@ class Inputs:
         kind: type,
         topic: str,
         qos: topics.TopicQos,
-        take: Callable[[Any], None],
+        take: Callable[[Any], bool | None],
         *,
         steady: bool = False,
         sealed: bool = False,
@@ -108,31 +137,58 @@ class Inputs:
         if steady:
             self._steady.add(topic)
 
-        def on_message(msg: Any, info: Mapping[str, Any]) -> None:
-            self._take(stream, msg, info)
-            # The executor waits anew after each message it takes, which costs more than the message, and it serves one
-            # of each topic in turn: many small ones would fall behind the images. So all that is here is taken.
-            for other in self._streams:
-                for more in _waiting(other):
-                    self._take(other, *more)
-
         subscription = self._node.create_subscription(
-            kind, topic, cast(Any, on_message), profile(qos), event_callbacks=reader_events(qos), raw=sealed
+            kind,
+            topic,
+            never_called,
+            profile(qos),
+            callback_group=self._group,
+            event_callbacks=reader_events(qos),
+            raw=sealed,
         )
         stream = _Stream(topic, f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}", subscription, take, sealed)
         self._streams.append(stream)
+
+    def start(self) -> None:
+        """Look at the topics every few milliseconds, in a thread of its own, until they are closed."""
+        self._thread = threading.Thread(target=self._run, name="inputs", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            time.sleep(LOOK_EVERY_S)
+            try:
+                self.look()
+            except InvalidHandle:
+                return  # the node was destroyed
+
+    def look(self) -> None:
+        """Take all messages that wait, in the order in which they came."""
+        with self.lock:
+            here = [(s, *taken) for s in self._streams for taken in waiting(s.subscription, sealed=s.sealed)]
+            here.sort(key=lambda taken: int(taken[2]["received_timestamp"]))
+            for taken in here:
+                try:
+                    self._take(*taken)
+                except Exception as exc:  # the next message may be a better one
+                    text = f"{taken[0].topic}: a message cannot be taken: {exc!r}"
+                    self._node.get_logger().error(text, throttle_duration_sec=5.0)
 
     def _take(self, stream: _Stream, message: Any, info: Mapping[str, Any]) -> None:
         begin, published_ns = time.monotonic(), int(info["source_timestamp"])
         transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
         self._heard[stream.topic] = begin, self._now_ns()
         self.counts[stream.topic] += 1
-        stream.take(message)
-        self._arrived(Arrival(stream.topic, begin, transport_s if transport_s >= 0 else None))
+        if stream.take(message) is not False:
+            self._arrived(Arrival(stream.topic, begin, transport_s if transport_s >= 0 else None))
         self.busy_s += time.monotonic() - begin
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; not to be called with :attr:`lock` held."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         while self._streams:
             self._node.destroy_subscription(self._streams.pop().subscription)
 
@@ -148,7 +204,7 @@ class Inputs:
         if now - self._started_s < SILENT_AFTER:
             return []
         if self._heard:
-            last = max(self._heard.values())
+            last = max(list(self._heard.values()))
             if (quiet := now - last[0]) > SILENT_AFTER and self._missed(last):
                 return [f"any input for {quiet:.0f} s: is the recording over, or the driver down?"]
             if quiet > SILENT_AFTER and (still := now - self._clock[0]) > SILENT_AFTER:
@@ -188,22 +244,30 @@ def _sealed_image(assembler: FrameAssembler, name: str, kind: type, transport: s
     return take
 
 
-def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], None]:
+def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], bool]:
     """Return what takes the bytes of a camera's calibrations: but for the stamp, one is like the other."""
     last = b""
 
-    def take(data: bytes) -> None:
+    def take(data: bytes) -> bool:
         nonlocal last
-        if data[STAMP_END:] != last:
-            last = data[STAMP_END:]
-            assembler.add_camera_info(name, deserialize_message(data, CameraInfo))
+        if data[STAMP_END:] == last:
+            return False
+        last = data[STAMP_END:]
+        assembler.add_camera_info(name, deserialize_message(data, CameraInfo))
+        return True
 
     return take
 
 
-def _waiting(stream: _Stream) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Take the messages that wait at a subscription, each with what the middleware says of it."""
-    handle = stream.subscription.handle
-    with handle:
-        while (taken := handle.take_message(stream.subscription.msg_type, stream.sealed)) is not None:
+def never_called(msg: Any) -> None:
+    """Stand for a callback: messages are taken by :meth:`Inputs.look`."""
+
+
+def waiting(subscription: Subscription, *, sealed: bool) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Take the messages that wait at a subscription, each with what the middleware says of it.
+
+    :param sealed: give the bytes as they came
+    """
+    with subscription.handle:
+        while (taken := subscription.handle.take_message(subscription.msg_type, sealed)) is not None:
             yield taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +40,9 @@ def draw_picture(local_map: LocalMap) -> NDArray[np.uint8]:
 class Outputs:
     """The publishers of a configured node; they publish only while it is active."""
 
-    def __init__(self, node: LifecycleNode, draw: Draw, *, vectors: bool, city_period_s: float) -> None:
+    def __init__(
+        self, node: LifecycleNode, draw: Draw, *, vectors: bool, extras_rate: float, city_period_s: float
+    ) -> None:
         self._node = node
         self._draw = draw
 
@@ -66,7 +69,9 @@ class Outputs:
         ]
         self._publishers += [self._vectors] if self._vectors else []
         self._tracker = ElementTracker()
-        self._extras_s = 0.0  # when picture and elements were last made, monotonic clock
+        # a tenth less, as frames do not come to the millisecond
+        self._extras_every_s = 0.9 / extras_rate if extras_rate else 0.0
+        self._extras_s = -math.inf  # when picture and elements were last made, monotonic clock
         # Pictures take a second of imports: beside everything else, or the first frame would hold up those behind it.
         threading.Thread(target=import_module, args=("nmp.draw",), name="imports", daemon=True).start()
 
@@ -94,7 +99,7 @@ class Outputs:
         if self._city:
             self._so_far.add(local_map)
         now = time.monotonic()
-        if hurry and now - self._extras_s < LONGEST_WITHOUT_S:
+        if now - self._extras_s < (max(self._extras_every_s, LONGEST_WITHOUT_S) if hurry else self._extras_every_s):
             return
         self._extras_s = now
         if self._picture.get_subscription_count():
