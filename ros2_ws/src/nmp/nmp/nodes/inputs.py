@@ -35,9 +35,9 @@ class Arrival(NamedTuple):
 
     topic: str
     received_s: float
-    """when its callback began, monotonic clock"""
+    """when it was taken from the middleware, monotonic clock"""
     transport_s: float | None
-    """from its publication until then: on the way, and waiting for the executor. None where the middleware does not say
+    """from its publication until then: on the way, and waiting to be taken. None where the middleware does not say
     when that was, or where the clock of the sender runs ahead of this one"""
 
 
@@ -83,7 +83,7 @@ class Inputs:
         self.counts: Counter[str] = Counter()
         """messages received, by topic"""
         self.busy_s = 0.0
-        """time spent in callbacks since somebody set this to zero, s"""
+        """time spent on messages since somebody set this to zero, s"""
         self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
         self._node = node
         self._arrived = arrived

@@ -1,6 +1,6 @@
 """Cameras and pose in, map layers out: the ROS shell around the assembler and the online mapper.
 
-Callbacks only sort messages into the assembler and hand whole frames to the worker, whose thread owns the mapper:
+One thread only sorts messages into the assembler and hands whole frames to the worker, whose thread owns the mapper:
 everything that touches it runs there.
 """
 
