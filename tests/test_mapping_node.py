@@ -317,6 +317,30 @@ def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
     assert said["confidence"] == pytest.approx(0.8, abs=0.05) and last.color.a == pytest.approx(0.86, abs=0.04)
 
 
+def test_lines_and_pictures_come_no_faster_than_wanted(world: Ros, drive: Path) -> None:
+    rig = Rig(world, Street(), extras_rate=1.0)
+    lines: list[MarkerArray] = []
+    rig.probe.create_subscription(MarkerArray, "/mapping_node/vectors", lines.append, profile(topics.LATCHED))
+    rig.play(drive)  # four frames in 0.4 s
+    assert until(lambda: len(rig.layers["divider"]) == 4)
+    time.sleep(0.3)
+    assert len(lines) == len(rig.pictures) == 1
+
+
+def test_lines_and_pictures_are_left_to_the_frame_that_waits(world: Ros, tmp_path: Path) -> None:
+    rig = Rig(world, Street(seconds=0.3), queue_size=10)
+    lines: list[MarkerArray] = []
+    rig.probe.create_subscription(
+        MarkerArray, "/mapping_node/vectors", lines.append, profile(topics.TopicQos(depth=10, latched=True))
+    )
+    rig.play(make_bag(tmp_path, frames=8), rate=10.0)
+    assert until(lambda: len(rig.layers["divider"]) == 8)
+    time.sleep(0.3)
+    # of the first, of each second in which frames waited, and of the last
+    assert 3 <= len(lines) < 8
+    assert to_ns(lines[-1].markers[0].header.stamp) == rig.mapper.frames[-1].stamp_ns
+
+
 def test_vectors_can_be_switched_off(world: Ros) -> None:
     rig = Rig(world, vectors=False)
     assert "/mapping_node/vectors" not in dict(rig.node.get_topic_names_and_types())
