@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -460,6 +461,29 @@ def test_clock_jump_clears_queues_but_not_calibration(keyframes: Messages) -> No
     assert assembler.epoch == 1
 
 
+@pytest.mark.parametrize("late", ["/odom", *(image_of(c) for c in CAMERAS)])
+def test_what_comes_late_of_the_time_line_before_costs_nothing_of_the_next(stream: Messages, late: str) -> None:
+    """Topics are served in turn: one still brings its last messages when the others have begun again."""
+    sensors = [m for m in stream if m.topic == "/odom" or "image_raw" in m.topic]
+    begun = [m for m in sensors if m.stamp_ns < START_NS + 150_000_000]
+    last = [m for m in stream if m.topic == late][-3:]
+    rest = [m for m in stream if m not in last]
+    frames, assembler = run(rest + [m for m in begun if m.topic != late] + last, flush=False)
+    after = [m for m in begun if m.topic == late] + [m for m in sensors if m not in begun]
+    again, _ = run(after, assembler, flush=False)
+    assert [f.stamp_ns for f in again] == [f.stamp_ns for f in run(stream, flush=False)[0]]
+    assert 20 <= len(frames) <= 24 and assembler.epoch == 1
+    assert set(assembler.drops) <= {"clock jump", "camera spread"}  # the latter of the last frames before
+
+
+def test_a_camera_whose_clock_goes_back_alone_stops_the_others_for_half_a_second_at_most(stream: Messages) -> None:
+    half = len(stream) // 2
+    odd = image_of("cam_back")
+    messages = stream[:half] + [moved(m, -3600 * NS) if m.topic == odd else m for m in stream[half:]]
+    frames, _ = run(messages, FrameAssembler(min_cameras=5))
+    assert 24 - len(frames) <= 8 and frames[-1].stamp_ns == run(stream)[0][-1].stamp_ns
+
+
 def test_a_jump_forward_costs_nothing_that_is_complete(keyframes: Messages) -> None:
     hour = 3600 * NS
     later = [moved(m, hour) for m in keyframes if m.topic not in ("/tf_static", "/location")]
@@ -634,6 +658,21 @@ def test_frames_come_no_faster_than_wanted(stream: Messages) -> None:
     assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in run(stream)[0]][::3]
     assert assembler.skipped == 16 and not assembler.drops
     assert len(run(stream, FrameAssembler(max_rate=20.0))[0]) == 24
+    # a rate that is no part of the cameras' is reached all the same: 5 of 12 Hz, by turns every second and third image
+    frames, _ = run(stream, FrameAssembler(max_rate=5.0))
+    assert len(frames) == 10
+    steps = {round((b.stamp_ns - a.stamp_ns) / NS * 12) for a, b in pairwise(frames)}
+    assert steps == {2, 3}
+
+
+def test_a_rate_is_kept_though_stamps_are_not_exact(stream: Messages) -> None:
+    rng = random.Random(1)
+    shift = {}
+    for m in stream:
+        shift.setdefault(m.stamp_ns // 80_000_000, rng.randint(-12_000_000, 12_000_000))
+    jittered = [moved(m, shift[m.stamp_ns // 80_000_000]) if "image_raw" in m.topic else m for m in stream]
+    frames, _ = run(sorted(jittered, key=lambda m: m.stamp_ns), FrameAssembler(max_rate=4.0))
+    assert {round((b.stamp_ns - a.stamp_ns) / NS * 12) for a, b in pairwise(frames)} == {3}
 
 
 def test_reset_forgets_what_waits_but_no_calibration(keyframes: Messages) -> None:

@@ -24,11 +24,12 @@ pytest.importorskip("rclpy")
 pytest.importorskip("tf2_msgs")
 pytest.importorskip("nmp_msgs")
 
+import rclpy  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 from geometry_msgs.msg import PolygonStamped  # noqa: E402
 from nav_msgs.msg import OccupancyGrid  # noqa: E402
 from nmp_msgs.srv import SavePrior  # noqa: E402
-from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.context import Context  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
 from visualization_msgs.msg import Marker, MarkerArray  # noqa: E402
@@ -316,18 +317,43 @@ def test_vectors_are_markers_with_lasting_ids(world: Ros, drive: Path) -> None:
     assert said["confidence"] == pytest.approx(0.8, abs=0.05) and last.color.a == pytest.approx(0.86, abs=0.04)
 
 
+def test_lines_and_pictures_come_no_faster_than_wanted(world: Ros, drive: Path) -> None:
+    rig = Rig(world, Street(), extras_rate=1.0)
+    lines: list[MarkerArray] = []
+    rig.probe.create_subscription(MarkerArray, "/mapping_node/vectors", lines.append, profile(topics.LATCHED))
+    rig.play(drive)  # four frames in 0.4 s
+    assert until(lambda: len(rig.layers["divider"]) == 4)
+    time.sleep(0.3)
+    assert len(lines) == len(rig.pictures) == 1
+
+
+def test_lines_and_pictures_are_left_to_the_frame_that_waits(world: Ros, tmp_path: Path) -> None:
+    rig = Rig(world, Street(seconds=0.3), queue_size=10)
+    lines: list[MarkerArray] = []
+    rig.probe.create_subscription(
+        MarkerArray, "/mapping_node/vectors", lines.append, profile(topics.TopicQos(depth=10, latched=True))
+    )
+    rig.play(make_bag(tmp_path, frames=8), rate=10.0)
+    assert until(lambda: len(rig.layers["divider"]) == 8)
+    time.sleep(0.3)
+    # of the first, of each second in which frames waited, and of the last
+    assert 3 <= len(lines) < 8
+    assert to_ns(lines[-1].markers[0].header.stamp) == rig.mapper.frames[-1].stamp_ns
+
+
 def test_vectors_can_be_switched_off(world: Ros) -> None:
     rig = Rig(world, vectors=False)
     assert "/mapping_node/vectors" not in dict(rig.node.get_topic_names_and_types())
 
 
+INFO = "sensor_msgs/msg/CameraInfo"
+
+
 class Busy:
-    """Inputs whose executor does something else until it is told to look."""
+    """Inputs whose thread does something else until it is told to look."""
 
     def __init__(self, world: Ros, assembler: FrameAssembler) -> None:
         self._node = Node("listener", context=world.context)
-        self._executor = SingleThreadedExecutor(context=world.context)
-        self._executor.add_node(self._node)
         self.arrivals: list[tuple[Arrival, float]] = []
         settings: Any = {p.name: p.default for p in PARAMETERS} | {"location": LOCATION}
         self.inputs = Inputs(
@@ -338,18 +364,18 @@ class Busy:
         """Take messages until so many have come, or nothing comes any more."""
         quiet = time.monotonic() + 5.0
         while (before := len(self.arrivals)) < count and time.monotonic() < quiet:
-            self._executor.spin_once(timeout_sec=0.1)
+            self.inputs.look()
+            time.sleep(0.01)
             if len(self.arrivals) > before:
                 quiet = time.monotonic() + 5.0
 
     def close(self) -> None:
         self.inputs.close()
-        self._executor.shutdown()
         self._node.destroy_node()
 
 
 def test_time_counts_from_the_publication_of_the_last_message(world: Ros) -> None:
-    """What DDS, a busy executor and putting a frame together take is not left out."""
+    """What DDS, a busy thread and putting a frame together take is not left out."""
     assembler = FrameAssembler()
 
     def slow(name: str, message: CameraInfo) -> None:
@@ -369,7 +395,7 @@ def test_time_counts_from_the_publication_of_the_last_message(world: Ros) -> Non
     busy.close()
 
 
-def test_no_image_is_lost_while_the_executor_is_busy_for_two_seconds(world: Ros) -> None:
+def test_no_image_is_lost_while_nobody_looks_for_two_seconds(world: Ros) -> None:
     busy = Busy(world, FrameAssembler())
     topic = "cam_back/image_raw/compressed"
     sender = world.probe().create_publisher(CompressedImage, topic, profile(topics.SENSOR_OUT))
@@ -381,6 +407,57 @@ def test_no_image_is_lost_while_the_executor_is_busy_for_two_seconds(world: Ros)
         time.sleep(0.005)
     busy.look(24)
     assert busy.inputs.counts[topic] == 24
+    busy.close()
+
+
+def test_messages_are_taken_in_the_order_in_which_they_came(world: Ros) -> None:
+    """Also those of different topics after a pause: else the cameras that are looked at first would run ahead."""
+    busy = Busy(world, FrameAssembler())
+    names = "cam_front", "cam_back"
+    offered = profile(topics.SENSOR_OUT)
+    senders = [
+        world.probe(name).create_publisher(CompressedImage, f"{name}/image_raw/compressed", offered) for name in names
+    ]
+    assert until(lambda: all(sender.get_subscription_count() for sender in senders))
+    for number in range(6):
+        image = CompressedImage(data=jpeg(1))
+        image.header.stamp = to_time(START_NS + number * 40_000_000)
+        senders[number % 2].publish(image)
+        time.sleep(0.02)
+    busy.look(6)
+    assert [arrival.topic.split("/")[0] for arrival, _ in busy.arrivals] == 3 * ["cam_front", "cam_back"]
+    busy.close()
+
+
+def test_a_message_that_cannot_be_taken_stops_nothing(world: Ros) -> None:
+    assembler = FrameAssembler()
+    broken = ["cam_back"]
+
+    def take(name: str, message: CameraInfo) -> None:
+        if broken:
+            raise RuntimeError(broken.pop())
+
+    assembler.add_camera_info = take  # type: ignore[method-assign]
+    busy = Busy(world, assembler)
+    busy.inputs.start()
+    sender = world.probe().create_publisher(CameraInfo, "cam_back/camera_info", 10)
+    assert until(sender.get_subscription_count)
+    sender.publish(CameraInfo(width=1))
+    sender.publish(CameraInfo(width=2))
+    assert until(lambda: len(busy.arrivals) == 1) and busy.inputs.counts["cam_back/camera_info"] == 2
+    busy.close()
+
+
+def test_a_topic_of_another_type_is_told(world: Ros) -> None:
+    busy = Busy(world, FrameAssembler())
+    elsewhere = Context()  # as in another process: in one, DDS refuses two types of a topic
+    rclpy.init(args=[], context=elsewhere, domain_id=world.domain)
+    sender = Node("sender", context=elsewhere)
+    sender.create_publisher(Image, "cam_back/camera_info", 10)
+    text = f"cam_back/camera_info (never received, 1 publisher of sensor_msgs/msg/Image instead of {INFO})"
+    assert until(lambda: text in busy.inputs.silent()), busy.inputs.silent()
+    sender.destroy_node()
+    rclpy.try_shutdown(context=elsewhere)
     busy.close()
 
 

@@ -119,7 +119,9 @@ def test_what_is_published_can_be_recorded_and_played(world: Ros, tmp_path: Path
     counts = record(rig, tmp_path / "recorded", make_bag(tmp_path, frames=4))
     grids = [f"/mapping_node/layers/{name}" for name in CLASSES]
     assert [counts[name] for name in grids] == [4, 4, 4]
-    assert counts["/mapping_node/vectors"] == counts["/mapping_node/bev"] == 4 and counts["/mapping_node/location"] == 1
+    # those of a frame behind which another one waits are left out
+    assert 1 <= counts["/mapping_node/vectors"] == counts["/mapping_node/bev"] <= 4
+    assert counts["/mapping_node/location"] == 1
     with BagReader(tmp_path / "recorded") as reader:
         read = [m for m in reader.messages() if m.topic == grids[0]]
         assert {m.topic for m in reader.messages()} >= {*grids, "/mapping_node/vectors", "/diagnostics"}

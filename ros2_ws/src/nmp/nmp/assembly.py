@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 CLOCK_JUMP_NS = NS
 """A stamp further back than this starts a new time line (a looped bag, a reset clock)."""
+JUMP = "clock jump"
+"""cause of a frame that was not complete when such a jump came"""
 POSES_KEPT = 2000
 MISSING = "missing camera"
 """cause of a frame that lacks an image"""
@@ -112,8 +114,8 @@ class Limits:
 
     @property
     def interval_ns(self) -> int:
-        """Least time between two anchors."""
-        return _interval_ns(self.max_rate)
+        """Time between two anchors; 0 without a limit."""
+        return round(NS / self.max_rate) if self.max_rate else 0
 
 
 class FrameAssembler:
@@ -171,6 +173,8 @@ class FrameAssembler:
         """Forget everything that belongs to a time line; calibration stays."""
         self._images: dict[str, list[Picture]] = {c: [] for c in CAMERAS}
         self._newest: dict[str, int] = {}  # stream -> newest stamp
+        self._behind: set[str] = set()  # streams that have not come from the time line before to this one
+        self._ended_ns = 0  # newest stamp of that
         self._poses: list[_Pose] = []
         self._anchors_seen: deque[int] = deque(maxlen=8 * self._queue_size)
         self._next_anchor_ns = -(2**63)
@@ -252,7 +256,8 @@ class FrameAssembler:
                 "pose not finite",
                 f"{topics.ODOM} at {seconds(stamp)}: covariance is not finite: check the localisation",
             )
-        self._advance(topics.ODOM, stamp)
+        if not self._advance(topics.ODOM, stamp):
+            return
         x, y, yaw = (math.sqrt(max(float(covariance[i]), 0.0)) for i in (0, 7, 35))
         position_std, yaw_std = (max(x, y), yaw) if covariance.any() else UNSTATED_STD  # all zero: left out
         pose = _Pose(stamp, transform, position_std, yaw_std)
@@ -270,7 +275,10 @@ class FrameAssembler:
     def add_sealed_image(self, name: str, stamp: int, fetch: Callable[[], Any], transport: str) -> None:
         """Take an image of which only the stamp (ns) is known; ``fetch`` is called if a frame is made of it."""
         topic = topics.image_topic(self.prefixes[name], transport)
-        self._advance(name, stamp)
+        if not self._advance(name, stamp):
+            if name == ANCHOR_CAMERA:
+                self._drop(JUMP, f"{topic}: image of {seconds(stamp)} came after the clock had jumped back")
+            return
         self._lost.discard(name)
         queue = self._images[name]
         at = bisect.bisect_left(queue, stamp, key=_by_stamp)
@@ -279,11 +287,14 @@ class FrameAssembler:
         if name == ANCHOR_CAMERA:
             if stamp <= self._closed_ns:
                 return self._drop("late image", f"{topic}: image of {seconds(stamp)} came after its frame was closed")
+            # Of the images around the moment at which a frame is due, the nearest.
+            slack = (stamp - self._anchors_seen[-1]) // 2 if self._anchors_seen else 0
             self._anchors_seen.append(stamp)
-            if stamp < self._next_anchor_ns:
+            if stamp < self._next_anchor_ns - slack:
                 self.skipped += 1
                 return
-            self._next_anchor_ns = stamp + self.limits.interval_ns
+            # Counted on from that moment, so that cameras of any rate come to the one that is asked for.
+            self._next_anchor_ns = max(self._next_anchor_ns, stamp - slack) + self.limits.interval_ns
         queue.insert(at, Picture(topic, stamp, fetch))
         if len(queue) > self._queue_size:
             if name == ANCHOR_CAMERA:
@@ -328,19 +339,30 @@ class FrameAssembler:
         self._ready = ready
         self.epoch += 1
 
-    def _advance(self, stream: str, stamp: int) -> None:
-        """Note a new stamp of a stream; a jump backwards begins a new time line."""
+    def _advance(self, stream: str, stamp: int) -> bool:
+        """Note a new stamp of a stream; a jump backwards begins a new time line. False: it is of the line before.
+
+        Streams are handed over in turn, not in the order of time: when one has jumped, others may still bring what was
+        sent before. It would look like a camera that runs ahead of the rest, and cost the first frame of the new line.
+        """
+        if stream in self._behind:
+            if max(self._newest.values()) + CLOCK_JUMP_NS < stamp <= self._ended_ns + self.limits.patience_ns:
+                return False
+            self._behind.discard(stream)
         newest = self._newest.get(stream, stamp)
         if stamp < newest - CLOCK_JUMP_NS:
-            before = self.drops["clock jump"]
+            before = self.drops[JUMP]
+            others, ended_ns = self._newest.keys() - {stream}, max(self._newest.values())
             text = (
                 f"{stream}: stamps went back by {(newest - stamp) / NS:.1f} s: queues were cleared "
                 "(normal when a bag starts again, else check the clock)"
             )
-            self._new_epoch("clock jump", text)
-            if self.drops["clock jump"] == before:
-                self._drop("clock jump", text)  # it is told also where it costs nothing
+            self._new_epoch(JUMP, text)
+            if self.drops[JUMP] == before:
+                self._drop(JUMP, text)  # it is told also where it costs nothing
+            self._behind, self._ended_ns = others, ended_ns
         self._newest[stream] = max(self._newest.get(stream, stamp), stamp)
+        return True
 
     def _time(self, rank: int) -> int:
         """The newest (rank 0) or second newest (rank 1) of the latest stamps of the cameras that are not lost."""

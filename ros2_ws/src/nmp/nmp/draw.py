@@ -134,27 +134,41 @@ def _ground(seen: NDArray[np.float32]) -> NDArray[np.float32]:
     return ink + (ground - ink) * seen[..., None]
 
 
+_INVISIBLE = np.float32(0.25)
+"""what is no more likely is not drawn"""
+
+
 def opacity(layers: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how opaque (0..1) the colours of classes are that are so likely (0..1), arrays of any shape."""
     # A soft threshold: noise below a quarter disappears, what counts as present (over a half) is nearly solid.
-    return np.clip((layers - np.float32(0.25)) / np.float32(0.35), 0.0, 1.0)
+    return np.clip((layers - _INVISIBLE) / np.float32(0.35), 0.0, 1.0)
 
 
-def _paint(base: NDArray[np.float32], layers: NDArray[np.float32], strength: float = 1.0) -> Picture:
+def _paint(base: NDArray[np.float32] | Picture, layers: NDArray[np.float32], strength: float = 1.0) -> Picture:
     """Lay the class colours over a picture [H, W, 3]; a colour is as opaque as its class is likely."""
-    return _blend(base, opacity(layers) * np.float32(strength))
+    # Most of a map is empty: only what shows is worked out.
+    where = np.flatnonzero(layers.max(axis=0) > _INVISIBLE)
+    return _blended(base, where, opacity(layers.reshape(len(layers), -1)[:, where]) * np.float32(strength))
 
 
 def _blend(base: NDArray[np.float32], opacities: NDArray[np.float32]) -> Picture:
     """Lay the class colours over a picture [H, W, 3], each as opaque (0..1) as its plane of [3, H, W] says."""
-    out = np.rint(base).astype(np.uint8)
-    somewhere = opacities.any(axis=0)  # most of a map is empty
-    mixed = base[somewhere]
-    for name, plane in zip(CLASSES, opacities, strict=True):
-        alpha = plane[somewhere][:, None]
-        mixed = mixed * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)
-    out[somewhere] = np.rint(mixed).astype(np.uint8)
-    return out
+    where = np.flatnonzero(opacities.any(axis=0))
+    return _blended(base, where, opacities.reshape(len(opacities), -1)[:, where])
+
+
+_INK_OR_GROUND = np.array([INK, GROUND, *[GROUND] * 254], np.uint8)[:, None]
+"""what OpenCV takes as a table of colours: of 0, and of 1"""
+
+
+def _blended(base: NDArray[np.float32] | Picture, where: NDArray[np.intp], opacities: NDArray[np.float32]) -> Picture:
+    """Lay the class colours over the pixels ``where`` [N] of a picture [H, W, 3], as opaque as ``opacities`` [3, N]."""
+    out = base.copy() if base.dtype == np.uint8 else np.rint(base).astype(np.uint8)
+    mixed = base.reshape(-1, 3)[where].T.astype(np.float32, order="C")
+    for name, alpha in zip(CLASSES, opacities, strict=True):
+        mixed = mixed * (1 - alpha) + alpha * np.array(CLASS_COLOURS[name], np.float32)[:, None]
+    out.reshape(-1, 3)[where] = np.rint(mixed).astype(np.uint8).T
+    return np.asarray(out, np.uint8)
 
 
 def save_png(path: Path, picture: Picture) -> None:
@@ -187,10 +201,11 @@ def layers_picture(
     :param evidence: [rows, cols]; cells with 0 are left black. None: everything was seen
     :param scale: pixels per cell
     """
-    seen = np.ones(grid.shape, np.float32) if evidence is None else (evidence > 0).astype(np.float32)
+    seen = np.ones(grid.shape, np.uint8) if evidence is None else (evidence > 0).astype(np.uint8)
     size = (grid.cols * scale, grid.rows * scale)
     # Row 0 is the right edge of the region, so flipped it is the bottom of the picture.
-    base = _ground(np.asarray(cv2.resize(seen[::-1], size, interpolation=cv2.INTER_NEAREST), np.float32))
+    shown = cv2.resize(seen[::-1], size, interpolation=cv2.INTER_NEAREST)
+    base = np.asarray(cv2.applyColorMap(shown, _INK_OR_GROUND), np.uint8)
     pixels_per_m = scale / grid.resolution
 
     def pixel(x: float, y: float) -> tuple[int, int]:

@@ -109,8 +109,11 @@ def mean_along(layer: NDArray[np.float32], shape: BaseGeometry, grid: BevGrid) -
 
 def along(shape: BaseGeometry, spacing: float) -> Array:
     """Return points [N, 2] about every ``spacing`` m along a line, both ends among them."""
-    stations = np.linspace(0.0, shape.length, max(2, round(shape.length / spacing) + 1))
-    return np.asarray(shapely.get_coordinates(shapely.line_interpolate_point(shape, stations)))
+    points = shapely.get_coordinates(shape)
+    # shapely's own interpolation walks along the line anew for every point
+    behind = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
+    stations = np.linspace(0.0, behind[-1], max(2, round(behind[-1] / spacing) + 1))
+    return np.stack([np.interp(stations, behind, points[:, axis]) for axis in (0, 1)], axis=1)
 
 
 # ----------------------------------------------------------------------------------------- dividers, boundaries
@@ -153,14 +156,19 @@ def thin(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Strokes that leave the raster are taken to go on, so that their middle lines reach its edge.
     """
-    image = cv2.copyMakeBorder(mask, _PAD, _PAD, _PAD, _PAD, cv2.BORDER_REPLICATE)
-    while True:
+    whole = cv2.copyMakeBorder(mask, _PAD, _PAD, _PAD, _PAD, cv2.BORDER_REPLICATE)
+    x, y, width, height = cv2.boundingRect(whole)
+    part = np.s_[y : y + height, x : x + width]
+    image = whole[part]
+    while width:
         before = cv2.countNonZero(image)
         for table in _DELETE:
             code = cv2.filter2D(image, cv2.CV_8U, _NEIGHBOUR_BITS, borderType=cv2.BORDER_CONSTANT)
             image = cv2.bitwise_and(image, cv2.LUT(code, table))
         if cv2.countNonZero(image) == before:
-            return np.ascontiguousarray(image[_PAD:-_PAD, _PAD:-_PAD])
+            whole[part] = image
+            break
+    return np.ascontiguousarray(whole[_PAD:-_PAD, _PAD:-_PAD])
 
 
 def _guo_hall_tables() -> list[NDArray[np.uint8]]:

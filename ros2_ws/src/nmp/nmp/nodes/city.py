@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,8 +59,10 @@ def _coarse(local_map: LocalMap) -> LocalMap:
         # what does not fill a cell is cut off alike on both sides, so that the car stays in the middle
         y, x = ((size - count * factor) // 2 for size, count in zip(grid.shape, (rows, cols), strict=True))
         whole = values[..., y : y + rows * factor, x : x + cols * factor]
-        blocks = whole.reshape(*values.shape[:-2], rows, factor, cols, factor)
-        return np.asarray(blocks.max(axis=(-3, -1)), np.float32)
+        # one step after the other: several times as fast as the maximum over the blocks
+        whole = reduce(np.maximum, (whole[..., i::factor] for i in range(factor)))
+        whole = reduce(np.maximum, (whole[..., i::factor, :] for i in range(factor)))
+        return np.asarray(whole, np.float32)
 
     return LocalMap(
         stamp_ns=local_map.stamp_ns,

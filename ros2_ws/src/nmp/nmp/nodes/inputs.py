@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
+from rclpy.callback_groups import CallbackGroup
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
@@ -20,8 +23,11 @@ from nmp import topics
 from nmp.assembly import FrameAssembler
 from nmp.messages import STAMP_END, stamp_of_cdr
 from nmp.nodes.parameters import SILENT_AFTER
-from nmp.nodes.qos import profile
+from nmp.nodes.qos import profile, reader_events
 from nmp.nodes.settings import Settings
+
+LOOK_EVERY_S = 0.01
+"""from one look at the topics to the next, s"""
 
 
 class Arrival(NamedTuple):
@@ -29,16 +35,46 @@ class Arrival(NamedTuple):
 
     topic: str
     received_s: float
-    """when its callback began, monotonic clock"""
+    """when it was taken from the middleware, monotonic clock"""
     transport_s: float | None
-    """from its publication until then: on the way, and waiting for the executor. None where the middleware does not say
+    """from its publication until then: on the way, and waiting to be taken. None where the middleware does not say
     when that was, or where the clock of the sender runs ahead of this one"""
 
 
-class Inputs:
-    """The subscriptions of one activation.
+class _Stream(NamedTuple):
+    """A topic that is listened to."""
 
-    :param arrived: called after every message that the assembler took, in the executor's thread
+    topic: str
+    kind: str
+    """its type, as ROS names it"""
+    subscription: Subscription
+    take: Callable[[Any], bool | None]
+    """hands a message to the assembler; False: it says nothing new"""
+    sealed: bool
+    """``take`` wants the bytes as they came"""
+
+
+class Unwatched(CallbackGroup):
+    """Subscriptions at which no executor looks."""
+
+    def can_execute(self, entity: Any) -> bool:
+        return False
+
+    def beginning_execution(self, entity: Any) -> bool:
+        return False
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: nothing was begun."""
+
+
+class Inputs:
+    """The subscriptions of one activation, and a thread that looks at them.
+
+    For every message, and once more after it, an executor of rclpy makes a list of all that the node waits for: a sixth
+    of a core with six cameras at 12 Hz, which the network lacks. And it serves one message of each topic in turn, so
+    that after a pause some topics are ahead of others.
+
+    :param arrived: called after every message that the assembler took, in that thread
     """
 
     def __init__(
@@ -47,14 +83,19 @@ class Inputs:
         self.counts: Counter[str] = Counter()
         """messages received, by topic"""
         self.busy_s = 0.0
-        """time spent in callbacks since somebody set this to zero, s"""
+        """time spent on messages since somebody set this to zero, s"""
         self.anchor_topic = topics.image_topic(settings["cameras"][0], settings["image_transport"])
         self._node = node
         self._arrived = arrived
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
-        self._subscriptions: list[Subscription] = []
+        self.lock = threading.RLock()
+        """held while messages are taken: nobody else may touch the assembler then"""
+        self._streams: list[_Stream] = []
+        self._group = Unwatched()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
         self._steady: set[str] = set()
         """topics that never pause while the car drives; the others may come once only"""
         self._subscribe(settings, assembler)
@@ -69,7 +110,7 @@ class Inputs:
             self._listen(image_type, image, topics.image_qos(transport), keep, steady=True, sealed=True)
             info = topics.camera_info_topic(prefix)
             self._listen(CameraInfo, info, topics.SENSOR_IN, _calibration(assembler, name), sealed=True)
-        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True, drain=True)
+        self._listen(pose_type, topics.ODOM, topics.POSE_IN, assembler.add_pose, steady=True)
         if not settings["extrinsics_file"]:
             static = topics.TopicQos(depth=100, latched=True)  # every broadcaster keeps a message of its own
             self._listen(TFMessage, topics.TF_STATIC, static, assembler.add_static_transforms)
@@ -83,40 +124,73 @@ class Inputs:
         kind: type,
         topic: str,
         qos: topics.TopicQos,
-        take: Callable[[Any], None],
+        take: Callable[[Any], bool | None],
         *,
         steady: bool = False,
-        drain: bool = False,
         sealed: bool = False,
     ) -> None:
         """Subscribe.
 
-        :param drain: take all messages that wait, not only one for every one of the other topics
         :param sealed: ``take`` wants the bytes as they came
         """
-
-        def on_message(msg: Any, info: Mapping[str, Any]) -> None:
-            begin, published_ns = time.monotonic(), int(info["source_timestamp"])
-            transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
-            self._heard[topic] = begin, self._now_ns()
-            # The executor serves one message of each topic in turn: many small ones would fall behind the images.
-            waiting = _waiting(subscription) if drain else ()
-            for message in (msg, *waiting):
-                self.counts[topic] += 1
-                take(message)
-            self._arrived(Arrival(topic, begin, transport_s if transport_s >= 0 else None))
-            self.busy_s += time.monotonic() - begin
-
         self.counts[topic] = 0
         if steady:
             self._steady.add(topic)
-        subscription = self._node.create_subscription(kind, topic, cast(Any, on_message), profile(qos), raw=sealed)
-        self._subscriptions.append(subscription)
+
+        subscription = self._node.create_subscription(
+            kind,
+            topic,
+            never_called,
+            profile(qos),
+            callback_group=self._group,
+            event_callbacks=reader_events(qos),
+            raw=sealed,
+        )
+        stream = _Stream(topic, f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}", subscription, take, sealed)
+        self._streams.append(stream)
+
+    def start(self) -> None:
+        """Look at the topics every few milliseconds, in a thread of its own, until they are closed."""
+        self._thread = threading.Thread(target=self._run, name="inputs", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            time.sleep(LOOK_EVERY_S)
+            try:
+                self.look()
+            except InvalidHandle:
+                return  # the node was destroyed
+
+    def look(self) -> None:
+        """Take all messages that wait, in the order in which they came."""
+        with self.lock:
+            here = [(s, *taken) for s in self._streams for taken in waiting(s.subscription, sealed=s.sealed)]
+            here.sort(key=lambda taken: int(taken[2]["received_timestamp"]))
+            for taken in here:
+                try:
+                    self._take(*taken)
+                except Exception as exc:  # the next message may be a better one
+                    text = f"{taken[0].topic}: a message cannot be taken: {exc!r}"
+                    self._node.get_logger().error(text, throttle_duration_sec=5.0)
+
+    def _take(self, stream: _Stream, message: Any, info: Mapping[str, Any]) -> None:
+        begin, published_ns = time.monotonic(), int(info["source_timestamp"])
+        transport_s = (time.time_ns() - published_ns) / 1e9 if published_ns else -1.0
+        self._heard[stream.topic] = begin, self._now_ns()
+        self.counts[stream.topic] += 1
+        if stream.take(message) is not False:
+            self._arrived(Arrival(stream.topic, begin, transport_s if transport_s >= 0 else None))
+        self.busy_s += time.monotonic() - begin
 
     def close(self) -> None:
-        """Stop listening."""
-        while self._subscriptions:
-            self._node.destroy_subscription(self._subscriptions.pop())
+        """Stop listening; not to be called with :attr:`lock` held."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        while self._streams:
+            self._node.destroy_subscription(self._streams.pop().subscription)
 
     def silent(self) -> list[str]:
         """Return the inputs from which nothing comes, each with what is known of its publishers.
@@ -130,19 +204,26 @@ class Inputs:
         if now - self._started_s < SILENT_AFTER:
             return []
         if self._heard:
-            last = max(self._heard.values())
+            last = max(list(self._heard.values()))
             if (quiet := now - last[0]) > SILENT_AFTER and self._missed(last):
                 return [f"any input for {quiet:.0f} s: is the recording over, or the driver down?"]
             if quiet > SILENT_AFTER and (still := now - self._clock[0]) > SILENT_AFTER:
                 return [f"{topics.CLOCK}: time stands still for {still:.0f} s: is the recording over, or held?"]
         out = []
-        for topic in self.counts:
-            heard = self._heard.get(topic)
+        for stream in self._streams:
+            topic, heard = stream.topic, self._heard.get(stream.topic)
             if heard is None or (topic in self._steady and now - heard[0] > SILENT_AFTER and self._missed(heard)):
-                count = self._node.count_publishers(topic)
                 since = "never" if heard is None else f"for {now - heard[0]:.0f} s not"
-                out.append(f"{topic} ({since} received, {count} publisher{'' if count == 1 else 's'})")
+                out.append(f"{topic} ({since} received, {self._publishers_of(stream)})")
         return out
+
+    def _publishers_of(self, stream: _Stream) -> str:
+        """Say how many publishers a topic has, and of which type where that is another one."""
+        found = self._node.get_publishers_info_by_topic(stream.subscription.topic_name)
+        text = f"{len(found)} publisher{'' if len(found) == 1 else 's'}"
+        if others := sorted({publisher.topic_type for publisher in found} - {stream.kind}):
+            text += f" of {', '.join(others)} instead of {stream.kind}"
+        return text
 
     def _missed(self, heard: tuple[float, int]) -> bool:
         """Whether time went on, by the node's clock, since a message was heard."""
@@ -163,21 +244,30 @@ def _sealed_image(assembler: FrameAssembler, name: str, kind: type, transport: s
     return take
 
 
-def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], None]:
+def _calibration(assembler: FrameAssembler, name: str) -> Callable[[bytes], bool]:
     """Return what takes the bytes of a camera's calibrations: but for the stamp, one is like the other."""
     last = b""
 
-    def take(data: bytes) -> None:
+    def take(data: bytes) -> bool:
         nonlocal last
-        if data[STAMP_END:] != last:
-            last = data[STAMP_END:]
-            assembler.add_camera_info(name, deserialize_message(data, CameraInfo))
+        if data[STAMP_END:] == last:
+            return False
+        last = data[STAMP_END:]
+        assembler.add_camera_info(name, deserialize_message(data, CameraInfo))
+        return True
 
     return take
 
 
-def _waiting(subscription: Subscription) -> Iterator[Any]:
-    """Take the messages that wait at a subscription."""
+def never_called(msg: Any) -> None:
+    """Stand for a callback: messages are taken by :meth:`Inputs.look`."""
+
+
+def waiting(subscription: Subscription, *, sealed: bool) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Take the messages that wait at a subscription, each with what the middleware says of it.
+
+    :param sealed: give the bytes as they came
+    """
     with subscription.handle:
-        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
-            yield taken[0]
+        while (taken := subscription.handle.take_message(subscription.msg_type, sealed)) is not None:
+            yield taken

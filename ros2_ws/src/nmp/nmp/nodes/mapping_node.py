@@ -1,6 +1,6 @@
 """Cameras and pose in, map layers out: the ROS shell around the assembler and the online mapper.
 
-Callbacks only sort messages into the assembler and hand whole frames to the worker, whose thread owns the mapper:
+One thread only sorts messages into the assembler and hands whole frames to the worker, whose thread owns the mapper:
 everything that touches it runs there.
 """
 
@@ -180,7 +180,9 @@ class MappingNode(ManagedNode):
         self.assembler = FrameAssembler(prefixes=s["cameras"], extrinsics=extrinsics)
         self._apply(set())
         self.mapper = self._load()
-        self.outputs = Outputs(self, self._draw, vectors=s["vectors"], city_period_s=s["city_period"])
+        self.outputs = Outputs(
+            self, self._draw, vectors=s["vectors"], extras_rate=s["extras_rate"], city_period_s=s["city_period"]
+        )
 
     def _activate(self) -> None:
         if self.mapper is None:  # it was deactivated before
@@ -188,6 +190,7 @@ class MappingNode(ManagedNode):
         self.assembler.reset()
         self.paused = False
         self._inputs = Inputs(self, self.settings, self.assembler, self._arrived)
+        self._inputs.start()
         self.get_logger().info(f"ready; waiting for {len(self.assembler.prefixes)} cameras and {topics.ODOM}")
 
     def _load(self) -> Mapper:
@@ -289,7 +292,8 @@ class MappingNode(ManagedNode):
 
     def begin_anew(self) -> None:
         """Drop what waits and what is being put together."""
-        self.assembler.reset()
+        with self._inputs.lock if self._inputs else contextlib.nullcontext():
+            self.assembler.reset()
         self._drop_waiting("reset", "a frame from before the reset waited for the network")
 
     def _answer(self, waiting: Waiting) -> None:
@@ -310,7 +314,8 @@ class MappingNode(ManagedNode):
             self.statistics.answer(end - waiting.received_s, stages, waiting.frame.keyframe)
             self._newest_ns = local_map.stamp_ns
             self._failing = ""
-            outputs.publish_extras(local_map, mapper.traversals)
+            worker = self.worker
+            outputs.publish_extras(local_map, mapper.traversals, hurry=worker is not None and worker.waiting > 0)
             if end - self._prior_at_s > PRIOR_EVERY:
                 self._prior_at_s = end
                 with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
@@ -343,7 +348,8 @@ class MappingNode(ManagedNode):
             damage=self._prior.damage if self._prior else "",
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
-        status = self._reports.make(condition, self.statistics, self.assembler)
+        with inputs.lock if inputs else contextlib.nullcontext():
+            status = self._reports.make(condition, self.statistics, self.assembler)
         if status.level != DiagnosticStatus.OK:
             self.get_logger().warning(status.message, throttle_duration_sec=5.0)
         array = DiagnosticArray(status=[status])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from geometry_msgs.msg import PolygonStamped
@@ -20,9 +22,11 @@ from nmp import topics
 from nmp.frame import CLASSES, LocalMap
 from nmp.nodes.city import CitySoFar
 from nmp.nodes.conversions import to_city_grids, to_footprint, to_image, to_markers, to_occupancy_grids
-from nmp.nodes.qos import profile
+from nmp.nodes.qos import profile, writer_events
 from nmp.vectors.tracker import ElementTracker, Traversals
 
+LONGEST_WITHOUT_S = 1.0
+"""so long picture and elements are put off where the network never catches up, s"""
 Draw = Callable[[LocalMap], NDArray[np.uint8]]
 
 
@@ -36,19 +40,24 @@ def draw_picture(local_map: LocalMap) -> NDArray[np.uint8]:
 class Outputs:
     """The publishers of a configured node; they publish only while it is active."""
 
-    def __init__(self, node: LifecycleNode, draw: Draw, *, vectors: bool, city_period_s: float) -> None:
+    def __init__(
+        self, node: LifecycleNode, draw: Draw, *, vectors: bool, extras_rate: float, city_period_s: float
+    ) -> None:
         self._node = node
         self._draw = draw
-        create = node.create_lifecycle_publisher
-        self._layers = {c: create(OccupancyGrid, topics.layer_topic(c), profile(topics.LATCHED)) for c in CLASSES}
+
+        def create(kind: type, topic: str, qos: topics.TopicQos) -> Any:
+            return node.create_lifecycle_publisher(kind, topic, profile(qos), event_callbacks=writer_events(qos))
+
+        self._layers = {c: create(OccupancyGrid, topics.layer_topic(c), topics.LATCHED) for c in CLASSES}
         self._located = ""  # what was last said on the next
-        self._location = create(String, topics.MAPPED_LOCATION, profile(topics.LATCHED))
-        self._footprint = create(PolygonStamped, topics.FOOTPRINT, profile(topics.LATCHED))
-        self._picture = create(Image, topics.BEV, profile(topics.PICTURE))
-        self._vectors = create(MarkerArray, topics.VECTORS, profile(topics.LATCHED)) if vectors else None
+        self._location = create(String, topics.MAPPED_LOCATION, topics.LATCHED)
+        self._footprint = create(PolygonStamped, topics.FOOTPRINT, topics.LATCHED)
+        self._picture = create(Image, topics.BEV, topics.PICTURE)
+        self._vectors = create(MarkerArray, topics.VECTORS, topics.LATCHED) if vectors else None
         self._period_s = city_period_s
         names = CLASSES if city_period_s else ()
-        self._city = {c: create(OccupancyGrid, topics.city_topic(c), profile(topics.LATCHED)) for c in names}
+        self._city = {c: create(OccupancyGrid, topics.city_topic(c), topics.LATCHED) for c in names}
         self._so_far = CitySoFar()
         self._listeners, self._shown_s = 0, 0.0  # of ~/city; when it was last published, monotonic clock
         self._publishers = [
@@ -60,6 +69,9 @@ class Outputs:
         ]
         self._publishers += [self._vectors] if self._vectors else []
         self._tracker = ElementTracker()
+        # a tenth less, as frames do not come to the millisecond
+        self._extras_every_s = 0.9 / extras_rate if extras_rate else 0.0
+        self._extras_s = -math.inf  # when picture and elements were last made, monotonic clock
         # Pictures take a second of imports: beside everything else, or the first frame would hold up those behind it.
         threading.Thread(target=import_module, args=("nmp.draw",), name="imports", daemon=True).start()
 
@@ -78,14 +90,23 @@ class Outputs:
             self._layers[name].publish(grid)
         self._footprint.publish(to_footprint(local_map))
 
-    def publish_extras(self, local_map: LocalMap, traversals: Traversals) -> None:
-        """Publish picture, elements and city, where somebody listens."""
+    def publish_extras(self, local_map: LocalMap, traversals: Traversals, *, hurry: bool) -> None:
+        """Publish picture, elements and city, where somebody listens.
+
+        :param hurry: a frame waits: its layers come first, so picture and elements are left to it, but for
+            ``LONGEST_WITHOUT_S`` at most
+        """
+        if self._city:
+            self._so_far.add(local_map)
+        now = time.monotonic()
+        if now - self._extras_s < (max(self._extras_every_s, LONGEST_WITHOUT_S) if hurry else self._extras_every_s):
+            return
+        self._extras_s = now
         if self._picture.get_subscription_count():
             self._picture.publish(to_image(self._draw(local_map), local_map.stamp_ns))
         if self._vectors is not None and self._vectors.get_subscription_count():
             self._vectors.publish(to_markers(self._tracker.update(local_map, traversals)))
         if self._city:
-            self._so_far.add(local_map)
             self._publish_city(local_map.stamp_ns)
 
     def _publish_city(self, stamp_ns: int) -> None:

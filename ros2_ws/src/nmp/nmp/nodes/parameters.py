@@ -162,6 +162,13 @@ PARAMETERS = (
     ),
     Parameter("vectors", True, "Publish lines and polygons on ~/vectors while somebody listens; false: never."),
     Parameter(
+        "extras_rate",
+        0.0,
+        "Messages a second on ~/vectors and ~/bev at most, so that layers come first; 0: with every frame.",
+        low=0.0,
+        high=100.0,
+    ),
+    Parameter(
         "city_period",
         5.0,
         "Seconds between two messages on ~/city while somebody listens; 0: never, and nothing is added up for it.",
@@ -236,7 +243,7 @@ PARAMETERS = (
 """of ``mapping_node``"""
 
 PLATFORMS: dict[str, dict[str, Value]] = {
-    "cpu": {"device": "cpu", "max_rate": 4.0},
+    "cpu": {"device": "cpu", "max_rate": 4.0, "extras_rate": 2.0},
     "gpu": {"device": "cuda", "weights": "gpu_default"},
 }
 """what differs from the defaults on a computer without a GPU, and with one: config/<platform>.yaml"""

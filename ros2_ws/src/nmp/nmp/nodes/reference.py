@@ -79,14 +79,22 @@ _FAST_CAMERAS = """\
 Cameras may be faster than the network. Of their frames, keyframes are always mapped, in order: the first, and each that
 is 1 / `keyframe_rate` after the last (a tenth less, as cameras are not exact), by the stamps of the front camera. Any
 other frame is mapped if it is still the newest when the network has time; else it is left alone and counted as skipped
-("overtaken by a newer frame"). `max_rate` leaves images alone before a frame is made of them ("skipped: max_rate").
+("overtaken by a newer frame"). `max_rate` leaves images alone before a frame is made of them ("skipped: max_rate"): of
+those around each 1 / `max_rate` the nearest is mapped, so that 10 Hz cameras come to 4 Hz by turns of 0.2 and 0.3 s.
 Frames that are lost against the will of whoever set these are counted as dropped, by cause: "queue full" when more than
 `queue_size` keyframes wait. An image is taken apart only when a frame is made of it.
 
-The latency on `/diagnostics` counts from the callback of a frame's last message to its published layers. What that
-message took from its publication until then, on the way and waiting for the node, is the stage `transport`, as far as
-the clocks of two computers agree. Each image waits in a queue of its camera: 30 of them, or 10 raw ones. With
-`--log-level mapping_node:=debug` a keyframe that was lost for want of a camera tells which images had come.
+Layers come first. While a frame waits, lines and picture are left to it, for a second at most, and `extras_rate` says
+how often they are made (on a CPU twice a second, by config/cpu.yaml); `~/city` adds up every frame.
+
+When stamps go back (a bag that begins again), what is still on its way of the time before is left out; a frame that was
+not complete by then is dropped as "clock jump".
+
+The latency on `/diagnostics` counts from the moment at which a frame's last message is taken from DDS to its published
+layers. Messages are taken every 10 ms, in the order in which they came. What that message took from its publication
+until then, on the way and waiting for the node, is the stage `transport`, as far as the clocks of two computers agree.
+Each image waits in a queue of its camera: 30 of them, or 10 raw ones. With `--log-level mapping_node:=debug` a keyframe
+that was lost for want of a camera tells which images had come.
 """
 
 _OTHERS = """\

@@ -17,8 +17,8 @@ RECENT = 100
 class RunStatistics:
     """Counts of one run, from any thread.
 
-    Latency runs from the callback of a frame's last message to its published layers, s. What that message took to get
-    there is the stage "transport".
+    Latency runs from the moment at which a frame's last message is taken from the middleware to its published layers,
+    s. What that message took to get there is the stage "transport".
     """
 
     def __init__(self) -> None:

@@ -20,10 +20,10 @@ class Waiting(NamedTuple):
 
     frame: Frame
     received_s: float
-    """when the callback of its last message began, monotonic clock"""
+    """when its last message was taken from the middleware, monotonic clock"""
     before_s: Mapping[str, float]
     """what came before the network, by stage: "transport" of its last message, "assembling", the time that its messages
-    took in callbacks"""
+    took to be sorted in"""
 
 
 class Worker:
