@@ -41,3 +41,26 @@ def test_memory_that_was_let_go_of_is_not_asked_for_again() -> None:
         return int(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60).stdout)
 
     assert faults("kept") < 500 < faults("as it is")
+
+
+LET_GO = """
+from nmp.process import give_memory_back, prepare_process
+prepare_process()
+def resident():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+parts = [b"x" * (200 << 10) for _ in range(500)]
+last = parts.pop()  # what lies behind the rest and stays
+parts.clear()
+before = resident()
+give_memory_back()
+print(before - resident())
+"""
+"""bytes that a process has less after it has let go of 100 MB, all but the last piece, and has given them back"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is of glibc")
+def test_memory_between_what_is_in_use_can_be_given_back() -> None:
+    command = [sys.executable, "-c", LET_GO]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60)
+    assert int(done.stdout) > 80 << 20

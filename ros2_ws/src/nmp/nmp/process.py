@@ -36,3 +36,13 @@ def keep_memory() -> bool:
         return False
     wanted = ((_M_MMAP_THRESHOLD, LARGEST_MAPPED), (_M_TRIM_THRESHOLD, KEPT), (_M_TOP_PAD, LARGEST_MAPPED))
     return all(mallopt(option, value) == 1 for option, value in wanted)
+
+
+def give_memory_back() -> bool:
+    """Return to the system what lies free between what is in use; False where nothing was, or where nobody can.
+
+    What is kept falls to pieces slowly: messages and pictures come in any size, from many threads. Some milliseconds,
+    and the next frame has to ask for its memory again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(0) == 1

@@ -52,13 +52,15 @@ from nmp.nodes.statistics import RunStatistics
 from nmp.nodes.worker import Waiting, Worker
 from nmp.prior.record import Record
 from nmp.prior.storage import Place, place_of
-from nmp.process import prepare_process
+from nmp.process import give_memory_back, prepare_process
 
 if TYPE_CHECKING:
     from nmp.mapper import PriorState
 
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
+TIDY_EVERY_S = 60.0
+"""time after which memory that lies free is given back to the system, s"""
 REFUSED, QUEUE_FULL, OVERTAKEN = "refused by the mapper", "queue full", "overtaken by a newer frame"
 
 
@@ -132,6 +134,7 @@ class MappingNode(ManagedNode):
         self._newest_ns = 0
         self._prior: PriorState | None = None
         self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
+        self._tidied_s = time.monotonic()  # when memory was last given back
         self._reports = Reports(self.get_name())
         self._failing = ""  # text of the last frame's failure; empty when it was answered
         self.settings = Settings(self, PARAMETERS, lambda: self.state == "unconfigured", self._apply)
@@ -316,6 +319,9 @@ class MappingNode(ManagedNode):
             self._failing = ""
             worker = self.worker
             outputs.publish_extras(local_map, mapper.traversals, hurry=worker is not None and worker.waiting > 0)
+            if end - self._tidied_s > TIDY_EVERY_S:
+                self._tidied_s = time.monotonic()
+                give_memory_back()
             if end - self._prior_at_s > PRIOR_EVERY:
                 self._prior_at_s = end
                 with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
