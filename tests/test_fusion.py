@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
-from nmp.model.fusion.align import SHIFTS, TURN_RAD, TURNS, Aligner
+from nmp.model.fusion.align import MAP_AS_WELL, SEARCH_STD, SHIFTS, SURE, TURN_RAD, TURNS, Aligner
 from nmp.model.fusion.correlate import COARSE, correlate
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
@@ -149,7 +149,8 @@ def test_the_pose_is_corrected_towards_what_is_stored() -> None:
         given = torch.stack([x, y, yaw], dim=1)
         torch.testing.assert_close(fusion.moved(given, motion), true)
         with torch.inference_mode():
-            found = aligner(bev, fusion.map_to_ego(window, given, grid, origin, 0.3, square=COARSE), ones)
+            stored = fusion.map_to_ego(window, given, grid, origin, 0.3, square=COARSE)
+            found = aligner(bev, stored, ones, torch.tensor([[2.0, 0.1]]))  # of the pose itself little is known
         assert (found.offset - motion)[0, :2].abs().max() < 0.31, offset
         assert (found.offset - motion)[0, 2].abs() < 0.015, offset
         assert found.spread.max() < 0.5
@@ -173,6 +174,23 @@ def test_the_better_a_pose_is_known_the_less_it_is_corrected() -> None:
         unknown = float(aligner(seen, stored, ones).offset[0, 0])
     assert abs(found[0]) < 0.02 and found[0] < found[1] < found[2]
     assert found[2] > 0.8 and found[1] < unknown
+
+
+def test_what_is_found_is_a_measurement_beside_the_pose() -> None:
+    """However clear the maps are, the search is off by something, and a pose may be better than that."""
+    torch.manual_seed(3)
+    stored = functional.interpolate(torch.randn(1, 8, 20, 40), (100, 200), mode="bicubic")
+    aligner = Aligner(BevGrid(resolution=0.3), 8, 8)
+    _compare_as_it_is(aligner)
+    aligner.scale.data.fill_(4.0)
+    seen = stored.roll(-2, dims=3)  # 0.6 m ahead
+    stored = functional.avg_pool2d(stored, COARSE)
+    ones = torch.full((1, 1, *stored.shape[2:]), 8.0)
+    for std in (0.05, 0.1, 0.5):
+        with torch.inference_mode():
+            found = float(aligner(seen, stored, ones, torch.tensor([[std, std / 20]])).offset[0, 0])
+        variance = (MAP_AS_WELL * std) ** 2 + SURE[0] ** 2
+        assert found == pytest.approx(0.6 * variance / (variance + SEARCH_STD[0] ** 2), rel=0.02), std
 
 
 def test_without_anything_stored_the_pose_stays() -> None:
