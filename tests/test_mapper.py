@@ -102,13 +102,13 @@ def test_a_lost_camera_is_masked_as_in_training(weights: Path, frames: list[Fram
 
 def test_stages_and_size_are_measured(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
     with OnlineMapper(weights, tmp_path) as mapper:
-        assert mapper.prior_state().counts["tiles"] == 0
+        assert mapper.prior_counts()["tiles"] == 0
         mapper.update(frames[0])
         assert set(mapper.stages_s) == {"decoding", "reading prior", "network", "writing prior"}
         assert all(seconds > 0 for stage, seconds in mapper.stages_s.items() if stage != "writing prior")
         mapper.update(frames[1])
         assert mapper.stages_s["writing prior"] > 0  # of the frame before: it is written while others go on
-        size = mapper.prior_state().counts
+        size = mapper.prior_counts()
         assert size["tiles"] > 0 and size["resident bytes"] > 0
 
 
@@ -130,16 +130,15 @@ def test_what_of_the_prior_is_damaged_is_told(
     weights: Path, frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with OnlineMapper(weights, tmp_path) as mapper:
-        assert mapper.prior_state().damage == ""
+        assert mapper.damage == ""
         mapper.update(frames[0])
-        state = mapper.prior_state()
-        assert 0 < state.counts["resident tiles"] <= state.counts["tiles"]
-        assert state.damage == ""
+        counts = mapper.prior_counts()
+        assert 0 < counts["resident tiles"] <= counts["tiles"]
+        assert mapper.damage == ""
         told = CityPrior.statistics
         monkeypatch.setattr(CityPrior, "statistics", lambda city: told(city) | {"damaged_tiles": 2})
         monkeypatch.setattr(CityPrior, "damage", "tile 3 fails its checksum")
-        state = mapper.prior_state()
-        assert (state.counts["damaged tiles"], state.damage) == (2, "tile 3 fails its checksum")
+        assert (mapper.prior_counts()["damaged tiles"], mapper.damage) == (2, "tile 3 fails its checksum")
 
 
 def test_two_runs_are_the_same_to_the_bit(weights: Path, frames: list[Frame], tmp_path: Path) -> None:
@@ -386,7 +385,7 @@ def test_a_prior_that_cannot_be_opened_does_not_blind_the_car(
         mapper.update(frames[2])  # begins another attempt
         mapper.flush()  # waits for it
         mapper.update(frames[3])
-        assert mapper.prior_state().counts["tiles"] > 0 and not mapper.prior_error
+        assert mapper.prior_counts()["tiles"] > 0 and not mapper.prior_error
 
 
 def test_cells_that_cannot_be_read_do_not_blind_the_car(
@@ -414,7 +413,7 @@ def test_cells_that_cannot_be_read_do_not_blind_the_car(
         monkeypatch.setattr(mapper, "_read_again_s", 1e-9)
         mapper.update(frames[3])
         mapper.settle()
-        assert not mapper.prior_error and mapper.prior_state().counts["dirty tiles"]
+        assert not mapper.prior_error and mapper.prior_counts()["dirty tiles"]
 
 
 def test_a_city_that_is_expected_is_open_before_its_first_frame(
@@ -455,7 +454,7 @@ def test_an_attempt_to_open_a_city_holds_no_frame_up(
         go_on.set()
         mapper.flush()
         mapper.update(frames[0])
-        assert not mapper.prior_error and mapper.prior_state().counts["tiles"] > 0
+        assert not mapper.prior_error and mapper.prior_counts()["tiles"] > 0
 
 
 def test_a_disk_that_stays_full_is_told_in_every_frame(

@@ -43,7 +43,6 @@ from nmp.gate import CAUSES, JUMPS, PoseGate  # noqa: E402
 from nmp.geometry import BevGrid, inverse, yaw_of  # noqa: E402
 from nmp.grids import from_occupancy_grids  # noqa: E402
 from nmp.layers import read_layers, to_occupancy  # noqa: E402
-from nmp.mapper import PriorState  # noqa: E402
 from nmp.nodes import tf_compat  # noqa: E402
 from nmp.nodes.conversions import to_ns, to_occupancy_grids, to_time  # noqa: E402
 from nmp.nodes.inputs import Arrival, Inputs  # noqa: E402
@@ -98,8 +97,8 @@ class FakeMapper:
     def traversals(self, location: str, points: Any) -> Any:
         return np.full(len(points), 3)
 
-    def prior_state(self) -> PriorState:
-        return PriorState({"tiles": 7}, self.damage)
+    def prior_counts(self) -> dict[str, int]:
+        return {"tiles": 7}
 
     def close(self) -> dict[str, Record]:
         self.threads.add(threading.current_thread().name)

@@ -69,15 +69,6 @@ class _Attempt(NamedTuple):
     done: Future[None]
 
 
-class PriorState(NamedTuple):
-    """What the open cities hold."""
-
-    counts: Mapping[str, int]
-    """by kind: tiles, bytes"""
-    damage: str
-    """what is damaged, and what to do; empty when nothing that was read is"""
-
-
 class OnlineMapper:
     """Maps frames to layers and remembers what it saw.
 
@@ -383,13 +374,21 @@ class OnlineMapper:
             return None
         return counts[cells[:, 1] - row, cells[:, 0] - col].astype(np.int64)
 
-    def prior_state(self) -> PriorState:
-        """Return what the open cities hold, and what of it is damaged."""
+    def prior_counts(self) -> Mapping[str, int]:
+        """Return what the open cities hold, by kind: tiles, bytes, ..."""
         self.settle()
-        cities, counts = list(self._cities.values()), Counter[str]()
-        for city in cities:
+        counts = Counter[str]()
+        for city in list(self._cities.values()):
             counts.update({name.replace("_", " "): count for name, count in city.statistics().items()})
-        return PriorState(counts, next((city.damage for city in cities if city.damage), ""))
+        return counts
+
+    @property
+    def damage(self) -> str:
+        """What of the open cities was found damaged last, and what to do; empty when nothing that was read is.
+
+        From any thread.
+        """
+        return next((city.damage for city in list(self._cities.values()) if city.damage), "")
 
     def flush(self) -> None:
         """Write everything that the prior holds to disk.

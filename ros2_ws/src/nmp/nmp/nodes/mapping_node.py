@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -54,9 +54,6 @@ from nmp.prior.record import Record
 from nmp.prior.storage import Place, place_of
 from nmp.process import give_memory_back, prepare_process
 
-if TYPE_CHECKING:
-    from nmp.mapper import PriorState
-
 PRIOR_EVERY = 10.0
 """time between two looks at the size of the prior, s: they take a few milliseconds"""
 TIDY_EVERY_S = 60.0
@@ -73,9 +70,11 @@ class Mapper(Protocol):
 
     @property
     def stages_s(self) -> Mapping[str, float]: ...
+    @property
+    def damage(self) -> str: ...
     def update(self, frame: Frame) -> LocalMap: ...
     def traversals(self, location: str, points: Array) -> NDArray[np.int64] | None: ...
-    def prior_state(self) -> PriorState: ...
+    def prior_counts(self) -> Mapping[str, int]: ...
     def flush(self) -> None: ...
     def close(self) -> Mapping[str, Record]: ...
 
@@ -132,7 +131,7 @@ class MappingNode(ManagedNode):
         self._make_mapper, self._draw, self._stop = make_mapper, draw, stop
         self._inputs: Inputs | None = None
         self._newest_ns = 0
-        self._prior: PriorState | None = None
+        self._prior: Mapping[str, int] = {}
         self._prior_at_s = -math.inf  # when that was asked for, monotonic clock
         self._tidied_s = time.monotonic()  # when memory was last given back
         self._reports = Reports(self.get_name())
@@ -325,7 +324,7 @@ class MappingNode(ManagedNode):
             if end - self._prior_at_s > PRIOR_EVERY:
                 self._prior_at_s = end
                 with contextlib.suppress(NmpError):  # the layers are out; the next frame tells of a store out of reach
-                    self._prior = mapper.prior_state()
+                    self._prior = mapper.prior_counts()
         except NmpError as exc:
             self._fail(REFUSED, str(exc))
         except Exception as exc:  # the node lives on: the next frame may be a better one
@@ -350,8 +349,8 @@ class MappingNode(ManagedNode):
             waiting=self.worker.waiting if self.worker else 0,
             silent=inputs.silent() if inputs else (),
             received=inputs.counts if inputs else {},
-            prior=self._prior.counts if self._prior else {},
-            damage=self._prior.damage if self._prior else "",
+            prior=self._prior,
+            damage=mapper.damage if mapper else "",
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
         with inputs.lock if inputs else contextlib.nullcontext():
