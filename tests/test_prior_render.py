@@ -22,7 +22,7 @@ from nmp.model.network import BEVNetwork
 from nmp.model.weights import load_network
 from nmp.png import PngStream
 from nmp.prior import CityPrior, PriorSpec, Window
-from nmp.prior.recall import CELL_PX, Recall
+from nmp.prior.recall import CELL_PX, REACH, Recall
 from nmp.prior.render import Frame, frame_of, resized, write_picture
 from nmp.prior.sheets import CHUNK, CHUNK_PX, AgeSheet, City, EvidenceSheet, LayerSheet, TraversalSheet, sheets_of
 from nmp.prior.web import prepare_folder, write_map
@@ -166,7 +166,10 @@ def test_layers_have_no_seams_and_lines_stay_visible_from_afar(tmp_path: Path) -
     with City(folder) as city:
         sheet = LayerSheet(city)
         picture, _ = picture_of(city, sheet, tmp_path / "a.png", 0.15)
-        layers = recall(*city.prior.read(Window(64, 64, 128, 128)))[:, ::-1]
+        # with all around it that has a say
+        around = Window(64 - REACH, 64 - REACH, 128 + 2 * REACH, 128 + 2 * REACH)
+        part = slice(2 * REACH, 2 * (REACH + 128))
+        layers = recall(*city.prior.read(around))[:, part, part][:, ::-1]
     # tiles 1 and 2 of both axes: the picture is exactly that window
     assert picture.shape[:2] == (256, 256)
     known = np.zeros((128, 128), np.float32)

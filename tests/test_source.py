@@ -46,6 +46,14 @@ class Tampered(Source):
             yield frame
 
 
+class Endless(Source):
+    """Begins again and again."""
+
+    def frames(self, assembler: FrameAssembler) -> Iterator[Frame]:
+        while True:
+            yield from super().frames(FrameAssembler())
+
+
 @pytest.fixture(scope="module")
 def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bag(tmp_path_factory.mktemp("bag"), FRAMES)
@@ -98,7 +106,7 @@ def test_a_process_that_dies_is_told(drive: Path) -> None:
 
 
 def test_who_stops_early_leaves_nothing_behind(drive: Path) -> None:
-    ready = made_ready(Source(drive, "", CONFIG, len(CAMERAS)), beside=True, processes=2)
+    ready = made_ready(Endless(drive, "", CONFIG, len(CAMERAS)), beside=True, processes=2)
     next(ready)
     assert len(multiprocessing.active_children()) == 2
     ready.close()  # type: ignore[attr-defined]
