@@ -12,7 +12,7 @@ and how much of the evidence from before the change is left, for several pairs o
 happened there (kerbs are drawn as boundaries), by the visits since, and apart where hardly anything was seen of them.
 
 "layers" is what comes out in the end: of the pixels of the layers within 15 m of the car where something was removed or
-added, and of those of an unchanged crossing, the share that the layers show, with the prior and without one.
+added, and of what is unchanged, the share that the layers show, with the prior and without one.
 """
 
 from __future__ import annotations
@@ -81,36 +81,31 @@ def drive(weights: Path, data: Path, version: str, prior: Path, shown: Shown) ->
             for frame in frames:
                 layers = {"with the prior": mapper.update(frame), "without": plain.update(frame)}
                 happened = changes_in_view(maps, days, layers["without"])
-                for (what, pixels), (how, found) in itertools.product(happened.items(), layers.items()):
-                    counts = [(pixels & (found.masks > 0)).sum(), pixels.sum()]
+                for (what, (index, pixels)), (how, found) in itertools.product(happened.items(), layers.items()):
+                    counts = [(pixels & (found.masks[index] > 0)).sum(), pixels.sum()]
                     shown[what][how] = shown[what].get(how, np.zeros(2, np.int64)) + counts
             mapper.close()
     return location, days
 
 
-def changes_in_view(maps: CityMaps, days: list[str], seen: LocalMap) -> dict[str, NDArray[np.bool_]]:
-    """Return the pixels [3, rows, cols] near the car by what has happened there up to the last of the days.
+def changes_in_view(maps: CityMaps, days: list[str], seen: LocalMap) -> dict[str, tuple[int, NDArray[np.bool_]]]:
+    """Return by what has happened up to the last of the days the class that it happened to, and where near the car.
 
-    A change is told by the number of drives since, the present one included.
+    The places are [rows, cols]. A change is told by the number of drives since, the present one included.
     """
     pose, grid = seen.map_from_base, seen.grid
     near = np.linalg.norm(grid.centres(), axis=-1).reshape(grid.shape) < CLOSE_M
     place = (float(pose[0, 3]), float(pose[1, 3]), yaw_of(pose))
     states = [rasterize(maps.city(seen.location, day), *place, grid) > 0 for day in days]
-    now, found = states[-1], {}
-    for number, (before, after) in enumerate(itertools.pairwise(states)):
-        visit = len(days) - number - 1
-        for index, name in enumerate(CLASSES):
-            own = np.zeros_like(now)
-            own[index] = near
-            found[f"{name} removed, visit {visit}"] = own & before & ~after & ~now
-            found[f"{name} added, visit {visit}"] = own & ~before & after & now
-    steady = np.logical_and.reduce(states) & near
+    found = {}
     for index, name in enumerate(CLASSES):
-        own = np.zeros_like(now)
-        own[index] = steady[index]
-        found[f"{name} unchanged, visit {len(days)}"] = own
-    return {what: pixels for what, pixels in found.items() if pixels.any()}
+        own = [state[index] & near for state in states]
+        for number, (before, after) in enumerate(itertools.pairwise(own)):
+            visit = len(days) - number - 1
+            found[f"{name} removed, visit {visit}"] = index, before & ~after & ~own[-1]
+            found[f"{name} added, visit {visit}"] = index, ~before & after & own[-1]
+        found[f"{name} unchanged, visit {len(days)}"] = index, np.logical_and.reduce(own)
+    return {what: (index, pixels) for what, (index, pixels) in found.items() if pixels.any()}
 
 
 class Truth:

@@ -19,7 +19,8 @@ from shapely.geometry import LineString, box
 from shapely.geometry.base import BaseGeometry
 
 from nmp.citymap import CityMap
-from nmp_train.sim.polyline import distances, resample
+from nmp.geometry import distances_along
+from nmp_train.sim.polyline import resample
 
 Array = NDArray[np.float64]
 
@@ -115,7 +116,7 @@ class LaneGraph:
             here = self.lanes[lane]
             points = here.points
             if skip > 0:
-                points = points[distances(points) > skip]
+                points = points[distances_along(points) > skip]
                 skip = 0.0
             beside = [j for j in here.beside if j in self.alive or lane not in self.alive]
             if beside and here.length > 42 and rng.random() < change:

@@ -16,8 +16,8 @@ from scipy.spatial import cKDTree
 from nmp.errors import NmpError
 from nmp.evaluation import nan_as_null, write_json
 from nmp.frame import ANCHOR_CAMERA
+from nmp.geometry import distances_along
 from nmp_train.sim.drive import Trajectory, load_trajectories
-from nmp_train.sim.polyline import distances
 from nmp_train.sim.rig import KEYFRAME_PERIOD_S
 
 Array = NDArray[np.float64]
@@ -179,7 +179,7 @@ def _count(drives: list[Trajectory]) -> _Counts:
 def _pieces(drive: Trajectory) -> Array:
     """Return [P, 3] x, y (m), yaw (rad) every ``CELL_M`` along a drive; places that it passes again are left out."""
     xy = drive.poses_xyyaw[:, :2]
-    s = distances(xy)
+    s = distances_along(xy)
     at = np.arange(0.0, s[-1] + 1e-9, CELL_M) + min(CELL_M, s[-1]) / 2
     yaw = np.interp(at, s, np.unwrap(drive.poses_xyyaw[:, 2]))
     points = np.column_stack([np.interp(at, s, xy[:, 0]), np.interp(at, s, xy[:, 1]), yaw])

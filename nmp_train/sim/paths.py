@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from nmp_train.sim.polyline import distances, resample
+from nmp.geometry import distances_along
+from nmp_train.sim.polyline import resample
 
 Array = NDArray[np.float64]
 STEP = 0.5
@@ -25,7 +26,7 @@ class Path:
         steps = np.hypot(*np.diff(points, axis=0).T)
         keep = np.concatenate([[True], steps > 1e-6])
         self.points = points[keep]
-        self.s: Array = distances(self.points)
+        self.s: Array = distances_along(self.points)
         self.heading: Array = np.unwrap(np.arctan2(*np.gradient(self.points, axis=0).T[::-1]))
         bend = np.gradient(self.heading) / np.maximum(np.gradient(self.s), 1e-6)
         self.curvature: Array = gaussian_filter1d(bend, 1.0, mode="nearest")

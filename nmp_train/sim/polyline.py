@@ -7,12 +7,9 @@ import shapely
 from numpy.typing import ArrayLike, NDArray
 from shapely.geometry import LineString, Polygon
 
+from nmp.geometry import distances_along, points_along
+
 Array = NDArray[np.float64]
-
-
-def distances(points: Array) -> Array:
-    """Return how far along a polyline [N, 2] (m) each of its points lies [N], m."""
-    return np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
 
 
 def resample(points: Array, step: float) -> Array:
@@ -28,12 +25,12 @@ class Polyline:
         xy = np.asarray(points, dtype=np.float64)[:, :2]
         keep = np.concatenate([[True], np.hypot(*np.diff(xy, axis=0).T) > 1e-6])
         self.points: Array = xy[keep]
-        self.s: Array = distances(self.points)
+        self.s: Array = distances_along(self.points)
         self.length = float(self.s[-1])
 
     def at(self, s: ArrayLike) -> Array:
         """Return the points [..., 2] at distances ``s``."""
-        return np.stack([np.interp(np.asarray(s), self.s, self.points[:, k]) for k in (0, 1)], axis=-1)
+        return points_along(self.points, self.s, s)
 
     def normal(self, s: ArrayLike, span: float = 1.0) -> Array:
         """Return the unit normals [..., 2] to the left, from chords of length ``span`` around ``s``."""

@@ -11,8 +11,9 @@ from scipy.ndimage import gaussian_filter1d
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
+from nmp.geometry import distances_along
 from nmp_train.sim.plan import ARTERIAL, COLLECTOR, PlannedStreet, Style, min_radius
-from nmp_train.sim.polyline import distances, resample
+from nmp_train.sim.polyline import resample
 
 Array = NDArray[np.float64]
 LEFT, RIGHT = 1, -1
@@ -73,7 +74,7 @@ class Street:
     """has a painted centre line"""
 
     def __post_init__(self) -> None:
-        self.s = distances(self.centre)
+        self.s = distances_along(self.centre)
         self.length = float(self.s[-1])
         tangent = gaussian_filter1d(np.gradient(self.centre, axis=0), 3.0, axis=0, mode="nearest")
         tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)

@@ -9,9 +9,9 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry import LineString
 
+from nmp.geometry import distances_along
 from nmp_train.sim.lanes import RoadNetwork
 from nmp_train.sim.paths import Path
-from nmp_train.sim.polyline import distances
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ class Track:
         if self.lane >= 0:
             points += [roads.graph.lanes[i].points for i in roads.graph.walk(rng, self.lane, length)[1:]]
         line = np.concatenate(points)
-        s = distances(line)
+        s = distances_along(line)
         line = line[(s >= start) & (s <= start + length + 2)]
         return Path(line if len(line) > 3 else np.concatenate(points)[-4:])
 

@@ -11,12 +11,22 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.transform import Rotation
 
 from nmp.errors import NmpError
 
 Array = NDArray[np.float64]
+
+
+def distances_along(points: Array) -> Array:
+    """Return how far along a polyline [N, 2] (m) each of its points lies [N], m."""
+    return np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
+
+
+def points_along(points: Array, distances: Array, at: ArrayLike) -> Array:
+    """Return the points [..., 2] at places ``at`` [...] of a polyline [N, 2] whose points lie at ``distances`` [N]."""
+    return np.stack([np.interp(np.asarray(at), distances, points[:, axis]) for axis in (0, 1)], axis=-1)
 
 
 def transform_from(translation: Array, quaternion_xyzw: Array) -> Array:

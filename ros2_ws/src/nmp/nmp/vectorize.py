@@ -23,7 +23,7 @@ from shapely.geometry.base import BaseGeometry
 
 from nmp.errors import NmpError
 from nmp.frame import CLASSES
-from nmp.geometry import Array, BevGrid
+from nmp.geometry import Array, BevGrid, distances_along, points_along
 from nmp.truth import LINE_WIDTH_PX
 
 SHORTEST_M = 1.5
@@ -111,9 +111,9 @@ def along(shape: BaseGeometry, spacing: float) -> Array:
     """Return points [N, 2] about every ``spacing`` m along a line, both ends among them."""
     points = shapely.get_coordinates(shape)
     # shapely's own interpolation walks along the line anew for every point
-    behind = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
-    stations = np.linspace(0.0, behind[-1], max(2, round(behind[-1] / spacing) + 1))
-    return np.stack([np.interp(stations, behind, points[:, axis]) for axis in (0, 1)], axis=1)
+    distances = distances_along(points)
+    stations = np.linspace(0.0, distances[-1], max(2, round(distances[-1] / spacing) + 1))
+    return points_along(points, distances, stations)
 
 
 # ----------------------------------------------------------------------------------------- dividers, boundaries

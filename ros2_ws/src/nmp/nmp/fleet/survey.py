@@ -12,6 +12,7 @@ from nmp import topics
 from nmp.bags.reader import BagReader
 from nmp.errors import NmpError
 from nmp.frame import ANCHOR_CAMERA
+from nmp.geometry import points_along
 from nmp.messages import stamp_ns
 from nmp.prior.tiles import TILE, Key
 from nmp.replay import keyframes_of, recording_of, topics_of
@@ -104,4 +105,4 @@ def evenly(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     length = np.concatenate([[0.0], np.abs(np.diff(points, axis=0)).sum(1).cumsum()])
     steps = np.linspace(0.0, length[-1], int(np.ceil(length[-1] / SPACING_M)) + 1)
-    return np.stack([np.interp(steps, length, points[:, axis]) for axis in (0, 1)], 1)
+    return points_along(points, length, steps)

@@ -1,7 +1,7 @@
 """Where the car really is on the stored map: a small shift and turn, found by laying what is seen over what is stored.
 
 Every shift and turn of a grid is scored by how well two learned feature maps agree, which gives a probability for
-each; their mean corrects the pose and their spread tells how far to trust it.
+each; their mean, weighed against the pose as a measurement, corrects it, and their spread tells how far to trust it.
 """
 
 from __future__ import annotations

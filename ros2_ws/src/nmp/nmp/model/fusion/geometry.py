@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,25 +65,28 @@ def map_to_ego(
 # GPU takes no less time for than for large ones.
 
 
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what a function made; a compiler makes constants of it, and warns of caches that it cannot see through."""
+    kept = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def get(*arguments: Any) -> Tensor:
+        return make(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    return get
+
+
+@_kept
 def _centres(
     rows: int, cols: int, cell: float, device: torch.device, corner: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
     """Return the middles [rows, cols] of cells that begin at a corner."""
-    # A compiler makes constants of them by itself, and warns of caches that it cannot see through.
-    make = _make_centres if torch.compiler.is_compiling() else _kept_centres
-    return make(rows, cols, cell, device, corner)
-
-
-def _make_centres(rows: int, cols: int, cell: float, device: torch.device, corner: tuple[float, float]) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # training may use them next
         x, y = (
             torch.linspace(start + cell / 2, start + (count - 0.5) * cell, count, device=device)
             for start, count in zip(corner, (cols, rows), strict=True)
         )
         return torch.complex(x.expand(rows, cols), y[:, None].expand(rows, cols))
-
-
-_kept_centres = functools.lru_cache(maxsize=64)(_make_centres)
 
 
 def _offset(there: Tensor, here: Tensor) -> Tensor:
@@ -95,14 +100,7 @@ def _turn(angle: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)[:, None, None]
 
 
+@_kept
 def _pair(first: float, second: float, device: torch.device) -> Tensor:
-    make = _make_pair if torch.compiler.is_compiling() else _kept_pair
-    return make(first, second, device)
-
-
-def _make_pair(first: float, second: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.linspace(first, second, 2, device=device)
-
-
-_kept_pair = functools.lru_cache(maxsize=64)(_make_pair)
