@@ -44,6 +44,8 @@ class WorldsConfig:
     turn; for validation, every city is scored at each"""
     changed_share: float = 0.0
     """share of the cities that change between their first and their last drive; each takes twice the memory"""
+    changes: int = 6
+    """crossings, lane markings and kerbs that change in such a city, where it has room for so many"""
     real: RealWorldsConfig | None = None
     """recorded maps to mix in"""
 
@@ -92,6 +94,9 @@ class StageConfig:
     """frames a group; with more than one the prior is trained"""
     radius_m: float = 30.0
     """frames of a group lie within this distance of the last"""
+    changed_groups: float = 0.0
+    """share of the groups that end at a place of a simulated city which has changed, and of whose earlier frames some
+    show it as it was"""
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
     warmup_steps: int = 200
@@ -238,11 +243,11 @@ _RANGES = {
     **dict.fromkeys(
         ("seed", "workers", "positive_weight", "backbone_rate", "backbone_frozen", "position_noise_m", "yaw_noise_rad")
         + ("validation_drives", "validation_groups", "turn_rad", "seeds", "first_seed", "difficulties", "count")
-        + ("seconds", "steps", "learning_rate", "weight_decay", "warmup_steps"),
+        + ("seconds", "steps", "learning_rate", "weight_decay", "warmup_steps", "changes"),
         (0, math.inf),
     ),
     **dict.fromkeys(("supersample", "checkpoint_every", "batch", "group", "drives"), (1, math.inf)),
-    **dict.fromkeys(("ema_decay", "prior_dropout", "changed_share"), (0, 1)),
+    **dict.fromkeys(("ema_decay", "prior_dropout", "changed_share", "changed_groups"), (0, 1)),
     **dict.fromkeys(("zoom", "shift", "colour", "drop_camera", "mirror"), (0, 1)),
     "validation_trips": (1, 4),
 }

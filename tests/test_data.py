@@ -103,6 +103,34 @@ def test_targets_without_a_past_are_drawn_anew() -> None:
     assert {tuple(few.group(few.generator(i), i)) for i in range(20)} <= {(0, 0, 1), (0, 0, 0), (1, 1, 1)}
 
 
+def test_groups_that_end_where_something_changed() -> None:
+    places = streets([1, 4, 3])
+    nowhere = np.full(len(places.time_s), np.inf)
+    # the second street changes between its second drive and its third
+    second = (places.scene >= 1) & (places.scene <= 4)
+    changed_s = np.where(second, places.time_s[places.scene == 3].min(), nowhere)
+    changing = replace(places, changed_s=changed_s)
+    assert set(places.scene[changing.changed]) == {3, 4} and not len(places.changed)
+    targets = Targets(changing, StageConfig(group=5, radius_m=12.0, changed_groups=1.0), 5)
+    before = []
+    for index in range(100):
+        found = targets.group(targets.generator(index), index)
+        assert found.shape == (5,) and (np.diff(places.time_s[found]) > 0).all()
+        assert found[-1] in changing.changed
+        before.append(int((places.time_s[found] < changed_s[found[-1]]).sum()))
+    assert set(before) == {1, 2, 3, 4}
+    # some groups, as many as asked for; elsewhere and without changes all is as it was
+    some = Targets(changing, StageConfig(group=5, radius_m=12.0, changed_groups=0.3), 5)
+    drawn = [some.group(some.generator(i), i) for i in range(300)]
+    assert 75 < sum((places.time_s[f] < changed_s[f]).any() and f[-1] in changing.changed for f in drawn) < 180
+    plain, none = (Targets(places, StageConfig(group=5, radius_m=12.0, changed_groups=s), 5) for s in (0.0, 0.3))
+    assert plain.group(plain.generator(1), 1).shape == none.group(none.generator(1), 1).shape
+    # a place that nobody passed before it changed has no such group
+    late = replace(places, changed_s=np.where(second, 0.0, nowhere))
+    rng = np.random.default_rng(0)
+    assert late.changed_group(rng, int(late.changed[-1]), 5, 12.0) is None
+
+
 def test_scenes_that_overlap_share_a_lane_and_lanes_are_balanced(caplog: pytest.LogCaptureFixture) -> None:
     counts = [3, 1, 2, 2, 1, 1, 2]
     places = streets(counts)
@@ -194,6 +222,17 @@ def test_a_changing_world_is_shown_and_labelled_as_each_drive_finds_it(world: Wo
                 last = frame_of(world, group.names[3 * b + 2])
                 np.testing.assert_allclose(group.pose[b, t], [x - last[0], y - last[1], yaw], atol=1e-4)
     assert differs, "no frame of the test shows a change"
+    # groups that are asked to: of the city as it was first, and of a place that is another now at last
+    differs = 0
+    for group in source.loader(replace(stage, radius_m=100.0, changed_groups=1.0), seed=4, length=8):
+        assert group.drawn is not None
+        cities = group.drawn.city
+        assert (cities[:, 0] % 2 == 0).all() and (cities[:, -1] % 2 == 1).all()
+        for b in range(2):
+            x, y, yaw = frame_of(world, group.names[3 * b + 2])[:3]
+            before, after = (rasterize(state.city, x, y, yaw, NET.layer_grid) for state in world.states)
+            differs += bool((before != after).any())
+    assert differs == 8
 
 
 def test_frames_of_one_drive_share_their_weather_and_batches_come_again(world: World) -> None:

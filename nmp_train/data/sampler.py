@@ -47,6 +47,8 @@ class Places:
     """[N] number of the drive, from 0 on, over all cities"""
     time_s: Array
     """[N] s since 1970"""
+    changed_s: Array | None = None
+    """[N] when what a frame shows changes, on the time scale of ``time_s``; infinite where it stays as it is"""
 
     @functools.cached_property
     def _index(self) -> cKDTree:
@@ -80,6 +82,30 @@ class Places:
             pool = near[~own] if kind < SEQUENCE + OTHER_DRIVES and (~own).sum() >= wanted else near
             chosen = pool[np.sort(rng.choice(len(pool), wanted, replace=False))]
         return np.append(chosen, target)
+
+    @functools.cached_property
+    def changed(self) -> Indices:
+        """The frames that show something which has changed."""
+        return np.flatnonzero(self.time_s >= self.changed_s) if self.changed_s is not None else np.zeros(0, np.int64)
+
+    def changed_group(self, rng: np.random.Generator, target: int, size: int, radius_m: float) -> Indices | None:
+        """Draw a group [size] that ends with one of ``changed``: at least one frame of before the change, in the order
+        of time.
+
+        None where fewer than ``size - 1`` earlier frames, or none of before the change, lie within ``radius_m``.
+        """
+        assert self.changed_s is not None
+        wanted = size - 1
+        near = self.earlier(target, radius_m)
+        since = self.time_s[near] >= self.changed_s[target]
+        before = len(near) - int(since.sum())
+        fewest, most = max(1, wanted - (len(near) - before)), min(before, wanted)
+        if fewest > most:
+            return None
+        count = int(rng.integers(fewest, most + 1))
+        parts = [(near[~since], count), (near[since], wanted - count)]
+        chosen = [pool[np.sort(rng.choice(len(pool), n, replace=False))] for pool, n in parts if n]
+        return np.append(np.concatenate(chosen), target)
 
     def padded_group(self, target: int, size: int, radius_m: float) -> Indices:
         """Return the earlier frames that there are; the first is repeated, as if the car had stood there."""
@@ -121,6 +147,11 @@ class Targets:
         """Return the frames [stage.group] of a group, in the order of time."""
         size, radius = self.stage.group, self.stage.radius_m
         lane = index % len(self.lanes)
+        if self.stage.changed_groups and rng.random() < self.stage.changed_groups and len(self.places.changed):
+            for target in rng.choice(self.places.changed, TRIES):
+                found = self.places.changed_group(rng, int(target), size, radius)
+                if found is not None:
+                    return found
         first = target = self._target(rng, index, lane)
         for _ in range(TRIES):
             found = self.places.group(rng, target, size, radius)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -47,8 +48,8 @@ TILT_RAD = 0.01
 """standard deviation of pitch and roll of the car, which its pose tells"""
 UNTOLD_TILT_RAD = 0.005
 """the same against the road under it, which no pose tells: slopes, bumps, the play of the mounting"""
-CHANGES = 6
-"""of a world that changes"""
+NEAR_CHANGE_M = 20.0
+"""a frame shows a change that is no further from the car"""
 
 
 def make_worlds(
@@ -65,7 +66,7 @@ def make_worlds(
     """
     count, levels, share = config.seeds, config.difficulties, config.changed_share
     # As evenly among the cities as whole cities allow.
-    changes = [CHANGES * (int((i + 1) * share + 1e-9) - int(i * share + 1e-9)) for i in range(count)]
+    changes = [config.changes * (int((i + 1) * share + 1e-9) - int(i * share + 1e-9)) for i in range(count)]
     make = functools.partial(
         make_world, size_m=config.size_m, drives=config.drives, duration_s=config.duration_s, trips=trips
     )
@@ -181,6 +182,7 @@ class SimulatedGroups(Dataset[Group]):
             xy=np.concatenate([w.frames[:, :2] for w in worlds]),
             scene=np.concatenate([w.frames[:, 3].astype(np.int64) + n for w, n in zip(worlds, drives, strict=False)]),
             time_s=np.concatenate([w.times_s for w in worlds]),
+            changed_s=np.concatenate([_changed_s(w) for w in worlds]),
         )
         self.targets = Targets(places, stage, seed)
 
@@ -287,6 +289,14 @@ class SimulatedGroups(Dataset[Group]):
             draw_truth(city, x, y, yaw + turn, network),
             (solids.centre, solids.size, solids.yaw, solids.rgb, solids.kind),
         )
+
+
+def _changed_s(world: World) -> NDArray[np.float64]:
+    """Return [F] when what each frame of a world shows changes, s since 1970."""
+    if not len(world.changed_xy):
+        return np.full(len(world.frames), np.inf)
+    near = cKDTree(world.changed_xy).query(world.frames[:, :2])[0] < NEAR_CHANGE_M
+    return np.where(near, world.changed_s, np.inf)
 
 
 def slope_of(tilt: NDArray[np.float64], height_m: float, turn: float) -> NDArray[np.float64]:
