@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from nmp.model.runner import Runner, example_inputs, output_difference, window_s
 from nmp.model.weights import fill, read_description
 from nmp_train import checkpoint
 from nmp_train.score import Scores
+
+if TYPE_CHECKING:
+    from nmp.prior.coding import Coding
 
 HELP = """\
 Write the weights of a training run for the mapping node: a .safetensors file with a .json beside it. Optimiser, moving
@@ -59,7 +62,7 @@ def export(
     """
     if out.suffix != ".safetensors":
         raise NmpError(f"--out {out} must end in .safetensors")
-    network, training, known = _read(source)
+    network, training, known, coding = _read(source)
     if not vectors:
         network = _without_vectors(network, source)
     extra = described(training, known | {path.stem: _metrics(path) for path in metrics or []})
@@ -67,6 +70,10 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".nmp-export-", dir=out.parent) as folder:
         written = Path(folder, out.name)
         save_network(network, written, training, dtype=DTYPES[dtype], extra=extra)
+        if coding is not None:
+            from nmp_train.coding import put_beside  # it needs the mapper, which training does not
+
+            put_beside(written, coding)
         mib = written.stat().st_size / 2**20
         if mib > max_mib:
             raise NmpError(
@@ -113,18 +120,24 @@ def metrics_of(scores: Scores) -> dict[str, Any]:
     return metrics
 
 
-def _read(source: Path) -> tuple[BEVNetwork, dict[str, Any], dict[str, Any]]:
-    """Return the network in evaluation mode, what is known of its training, and its scores by name."""
+def _read(source: Path) -> tuple[BEVNetwork, dict[str, Any], dict[str, Any], Coding | None]:
+    """Return the network in evaluation mode, what is known of its training, its scores by name, and its coding."""
     weights = source / "network.safetensors" if source.is_dir() else source
     if weights.name == checkpoint.NAME or not weights.is_file():
         found = checkpoint.load_checkpoint(weights.parent)
         if found is not None:
-            return *_from_checkpoint(found, weights.parent / checkpoint.NAME), {}
+            return *_from_checkpoint(found, weights.parent / checkpoint.NAME), {}, None
         if source.is_dir():
             raise NmpError(f"{source} has no network.safetensors: give the output folder of 'nmp-train fit'")
+    from nmp.mapper import coding_beside
+
     network, _ = load_network(weights)
     description = read_description(weights)
-    return network, dict(description.get("training") or {}), dict(description.get("metrics") or {})
+    training = dict(description.get("training") or {})
+    if stages := training.get("stages"):
+        # The scores of the last one are the metrics; those of each are in training.json.
+        training["stages"] = [{k: v for k, v in stage.items() if k != "scores"} for stage in stages]
+    return network, training, dict(description.get("metrics") or {}), coding_beside(weights)
 
 
 def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwork, dict[str, Any]]:

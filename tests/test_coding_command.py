@@ -44,6 +44,8 @@ def test_cities_are_written_with_the_coding_beside_the_weights(weights: Path, tm
     assert coding is not None and coding.channels == 4 and coding.noise > 0
     assert load_network(weights)[1] == fingerprint  # cities of these weights stay theirs
     assert json.loads(weights.with_suffix(".json").read_text())["training"] == {"note": "kept"}
+    assert cli.main(["export", str(weights), "--out", str(tmp_path / "exported.safetensors")]) == 0
+    assert coding_beside(tmp_path / "exported.safetensors") == coding
     frames = [frame for scene in read_scenes(REAL, "v1.0-mini") for frame in scene_frames(scene).frames]
     layers = []
     for name, coded in (("coded", True), ("plain", False)):

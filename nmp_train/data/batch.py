@@ -122,7 +122,7 @@ class GroupLoader(DataLoader[Group]):
             prefetch_factor=ahead if workers else None,
             # Forked workers share the cities; a spawned one would have to be sent all of them.
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_single_thread,
+            worker_init_fn=lambda _worker: use_one_thread(),
         )
 
     def __iter__(self) -> Iterator[Group]:  # type: ignore[override]
@@ -133,6 +133,7 @@ class GroupLoader(DataLoader[Group]):
             raise NmpError(str(error).rpartition(f"{NmpError.__name__}: ")[2].strip()) from None
 
 
-def _single_thread(_worker: int) -> None:
+def use_one_thread() -> None:
+    """Let a worker process take one core: there are as many of them as cores."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

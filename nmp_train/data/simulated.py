@@ -24,7 +24,7 @@ from nmp.errors import NmpError
 from nmp.frame import CAMERAS, Camera
 from nmp.geometry import transform_from_xyyaw
 from nmp.model.preprocess import network_intrinsics, unit_projection
-from nmp_train.data.batch import Batch, GroupLoader
+from nmp_train.data.batch import Batch, GroupLoader, use_one_thread
 from nmp_train.data.group import Drawn, Group
 from nmp_train.data.sampler import Places, Targets
 from nmp_train.data.truth import draw_truth
@@ -85,7 +85,7 @@ def make_worlds(
         return [_make(*job) for job in tqdm(jobs, desc="cities", unit="city")]
     # Spawned, not forked: torch's threads do not survive a fork.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=use_one_thread) as pool:
         return list(tqdm(pool.map(_make, *zip(*jobs, strict=True)), desc="cities", unit="city", total=len(jobs)))
 
 
