@@ -356,7 +356,11 @@ class Busy:
         self.arrivals: list[tuple[Arrival, float]] = []
         settings: Any = {p.name: p.default for p in PARAMETERS} | {"location": LOCATION}
         self.inputs = Inputs(
-            self._node, settings, assembler, lambda arrival: self.arrivals.append((arrival, time.monotonic()))
+            self._node,
+            settings,
+            assembler,
+            threading.RLock(),
+            lambda arrival: self.arrivals.append((arrival, time.monotonic())),
         )
 
     def look(self, count: int) -> None:

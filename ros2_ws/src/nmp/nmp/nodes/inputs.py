@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
@@ -74,11 +75,17 @@ class Inputs:
     of a core with six cameras at 12 Hz, which the network lacks. And it serves one message of each topic in turn, so
     that after a pause some topics are ahead of others.
 
+    :param lock: of the assembler, held while messages are taken
     :param arrived: called after every message that the assembler took, in that thread
     """
 
     def __init__(
-        self, node: Node, settings: Settings, assembler: FrameAssembler, arrived: Callable[[Arrival], None]
+        self,
+        node: Node,
+        settings: Settings,
+        assembler: FrameAssembler,
+        lock: AbstractContextManager[Any],
+        arrived: Callable[[Arrival], None],
     ) -> None:
         self.counts: Counter[str] = Counter()
         """messages received, by topic"""
@@ -90,8 +97,7 @@ class Inputs:
         self._heard: dict[str, tuple[float, int]] = {}  # topic -> last receipt, monotonic clock (s) and ROS time (ns)
         self._started_s = time.monotonic()
         self._clock = self._started_s, 0  # when the node's time last moved (monotonic, s), and to what (ns)
-        self.lock = threading.RLock()
-        """held while messages are taken: nobody else may touch the assembler then"""
+        self._lock = lock
         self._streams: list[_Stream] = []
         self._group = Unwatched()
         self._closing = threading.Event()
@@ -164,7 +170,7 @@ class Inputs:
 
     def look(self) -> None:
         """Take all messages that wait, in the order in which they came."""
-        with self.lock:
+        with self._lock:
             here = [(s, *taken) for s in self._streams for taken in waiting(s.subscription, sealed=s.sealed)]
             here.sort(key=lambda taken: int(taken[2]["received_timestamp"]))
             for taken in here:
@@ -184,7 +190,7 @@ class Inputs:
         self.busy_s += time.monotonic() - begin
 
     def close(self) -> None:
-        """Stop listening; not to be called with :attr:`lock` held."""
+        """Stop listening; not to be called with the lock held."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()

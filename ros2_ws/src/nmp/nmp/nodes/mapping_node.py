@@ -128,6 +128,7 @@ class MappingNode(ManagedNode):
         self.worker: Worker | None = None
         self.outputs: Outputs | None = None
         self.assembler = FrameAssembler()
+        self._assembling = threading.RLock()  # whoever touches the assembler while the node is active holds it
         self._make_mapper, self._draw, self._stop = make_mapper, draw, stop
         self._inputs: Inputs | None = None
         self._newest_ns = 0
@@ -191,7 +192,7 @@ class MappingNode(ManagedNode):
             self.mapper = self._load()
         self.assembler.reset()
         self.paused = False
-        self._inputs = Inputs(self, self.settings, self.assembler, self._arrived)
+        self._inputs = Inputs(self, self.settings, self.assembler, self._assembling, self._arrived)
         self._inputs.start()
         self.get_logger().info(f"ready; waiting for {len(self.assembler.prefixes)} cameras and {topics.ODOM}")
 
@@ -294,7 +295,7 @@ class MappingNode(ManagedNode):
 
     def begin_anew(self) -> None:
         """Drop what waits and what is being put together."""
-        with self._inputs.lock if self._inputs else contextlib.nullcontext():
+        with self._assembling:
             self.assembler.reset()
         self._drop_waiting("reset", "a frame from before the reset waited for the network")
 
@@ -353,7 +354,7 @@ class MappingNode(ManagedNode):
             damage=mapper.damage if mapper else "",
             stamp_age_s=(now.nanoseconds - self._newest_ns) / 1e9 if self.statistics.answered else None,
         )
-        with inputs.lock if inputs else contextlib.nullcontext():
+        with self._assembling:
             status = self._reports.make(condition, self.statistics, self.assembler)
         if status.level != DiagnosticStatus.OK:
             self.get_logger().warning(status.message, throttle_duration_sec=5.0)
