@@ -40,8 +40,8 @@ DRIVES = "drives"
 BASES = "bases"
 COPY = "record.json"
 """beside the tiles of a record: what the record itself is mended with"""
-_LEVEL_DRIVE, _LEVEL_BASE = 9, 19
-"""of the compression: a car waits for it when a drive is over (2 ms a tile, 28 ms at 19), nobody for a base"""
+_LEVEL_DRIVE, _LEVEL_BASE = 9, 22
+"""of the compression: a car waits for it when a drive is over (2 ms a tile, 37 ms at 22), nobody for a base"""
 
 
 @dataclass(frozen=True)

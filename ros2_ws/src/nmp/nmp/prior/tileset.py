@@ -34,7 +34,7 @@ def batches(keys: list[Key]) -> Iterator[list[Key]]:
 class TileSet:
     """Tiles of bytes [planes, 64, 64] below one folder.
 
-    :param level: of the zstd compression: 3 is fast, 19 small
+    :param level: of the zstd compression: 3 is fast, 22 small
     :param shard: tiles along each edge of a file: 1, or :data:`SHARD`. With more than one, changing a tile writes its
         whole file again
 
