@@ -88,7 +88,7 @@ def test_cells_beyond_the_margin_change_nothing(name: str) -> None:
         kept, there = np.s_[CELL_PX * cut : CELL_PX * (cut + 8)], np.s_[CELL_PX * middle : CELL_PX * (middle + 8)]
         return float(np.abs(alone[:, kept, kept] - whole[:, there, there]).max())
 
-    assert inner(recall.margin) < 1e-4
+    assert inner(recall.margin) < 1e-4  # rounding; with 8 cells fewer it is 5e-4
     assert inner(8) > 1e-3
 
 

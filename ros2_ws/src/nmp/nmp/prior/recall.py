@@ -18,9 +18,10 @@ from nmp.model.runner import prepare, read_quantized
 
 CELL_PX = 2
 """pixels of the decoded layers along each edge of a cell"""
-REACH = 80
-"""cells of the features from which nothing further away can be felt by the convolutions (with the shipped networks it
-changes no probability by 1e-5); a multiple of eight, because the fusion also looks at every eighth cell"""
+REACH = 88
+"""cells of the features from which nothing further away can be felt by the convolutions (what lies beyond changes no
+probability by more than rounding, 1e-4 with the shipped networks); a multiple of eight, because the fusion also looks
+at every eighth cell"""
 
 
 class Recall:
