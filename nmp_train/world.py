@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,10 @@ class World:
     """of each drive, and of each time that it is made again: what hides the road on one day does not on another"""
     frames: Array
     """[F, 5]: x, y (m), yaw (rad), drive, time since its start (s) of every frame of every drive"""
+    changed_xy: Array
+    """[N, 2] where the states differ (m)"""
     changed_s: float = np.inf
     """s since 1970; infinite in a world that stays as it is"""
-    changed_xy: Array = field(default_factory=lambda: np.zeros((0, 2)))
-    """[N, 2] where it changes then (m)"""
     difficulty: float = 1.0
     """of the ground, see :func:`make_world`"""
 
@@ -115,7 +115,7 @@ def make_world(
         routes,
         seed,
         changed_on=day,
-        changed_xy=np.array([[change.x, change.y] for change in changed]).reshape(-1, 2),
+        changed_xy=[(change.x, change.y) for change in changed],
         difficulty=difficulty,
         trips=trips,
     )
@@ -130,7 +130,7 @@ def assemble(
     seed: int,
     *,
     changed_on: str = LAST_DAY,
-    changed_xy: Array | None = None,
+    changed_xy: Sequence[tuple[float, float]] = (),
     difficulty: float = 1.0,
     trips: int = 1,
 ) -> World:
@@ -157,7 +157,7 @@ def assemble(
             [np.column_stack([d.poses_xyyaw, np.full(len(d.times_s), i), d.times_s]) for i, d in enumerate(drives)]
         ),
         changed_s=_midnight(replace(drives[0], date=changed_on)) if len(states) > 1 else np.inf,
-        changed_xy=np.zeros((0, 2)) if changed_xy is None else changed_xy,
+        changed_xy=np.reshape(changed_xy, (-1, 2)),
         difficulty=difficulty,
     )
     for i, drive in enumerate(drives):

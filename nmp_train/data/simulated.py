@@ -293,8 +293,6 @@ class SimulatedGroups(Dataset[Group]):
 
 def _changed_s(world: World) -> NDArray[np.float64]:
     """Return [F] when what each frame of a world shows changes, s since 1970."""
-    if not len(world.changed_xy):
-        return np.full(len(world.frames), np.inf)
     near = cKDTree(world.changed_xy).query(world.frames[:, :2])[0] < NEAR_CHANGE_M
     return np.where(near, world.changed_s, np.inf)
 

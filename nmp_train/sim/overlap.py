@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from nmp.errors import NmpError
 from nmp.evaluation import nan_as_null, write_json
 from nmp.frame import ANCHOR_CAMERA
-from nmp.geometry import distances_along
+from nmp.geometry import distances_along, points_along
 from nmp_train.sim.drive import Trajectory, load_trajectories
 from nmp_train.sim.rig import KEYFRAME_PERIOD_S
 
@@ -182,7 +182,7 @@ def _pieces(drive: Trajectory) -> Array:
     s = distances_along(xy)
     at = np.arange(0.0, s[-1] + 1e-9, CELL_M) + min(CELL_M, s[-1]) / 2
     yaw = np.interp(at, s, np.unwrap(drive.poses_xyyaw[:, 2]))
-    points = np.column_stack([np.interp(at, s, xy[:, 0]), np.interp(at, s, xy[:, 1]), yaw])
+    points = np.column_stack([points_along(xy, s, at), yaw])
     first = [
         not ((np.hypot(*(points[:k, :2] - points[k, :2]).T) < MATCH_M) & (at[:k] < at[k] - 4 * MATCH_M)).any()
         for k in range(len(points))
