@@ -41,7 +41,7 @@ from tqdm import tqdm
 from nmp.changelog import local_date
 from nmp.evaluation import CityMaps
 from nmp.geometry import yaw_of
-from nmp.mapper import OnlineMapper, coding_beside
+from nmp.mapper import OnlineMapper
 from nmp.metrics import IouMeter
 from nmp.model import fusion
 from nmp.model.network import BEVNetwork
@@ -50,7 +50,7 @@ from nmp.model.runner import quantize, read_quantized, window_side
 from nmp.model.weights import read_description
 from nmp.prior import CityPrior, PriorSpec, Window
 from nmp.prior.cells import Cells, on_grid
-from nmp.prior.coding import make_coding
+from nmp.prior.coding import coding_of, make_coding
 from nmp.prior.ledger import Ledger, State, create
 from nmp.prior.record import Record, tile_table
 from nmp.prior.storage import Storage
@@ -376,7 +376,7 @@ def measure(weights: str, data: list[Path], options: argparse.Namespace, folder:
         settings.append(
             (f"step {step_size:g}", replace(plain, coding=make_coding(samples, reads_of(network), step_size)))
         )
-    if (coding := coding_beside(Path(weights))) is not None:
+    if (coding := coding_of(read_description(weights))) is not None:
         settings.append(("shipped", replace(plain, coding=coding)))
     rows = []
     own = network.config.prior_cell

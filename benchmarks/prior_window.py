@@ -32,8 +32,9 @@ prepare_process()  # as in the processes that map
 import numpy as np
 from numpy.typing import NDArray
 
-from nmp.mapper import coding_beside
+from nmp.model.weights import read_description
 from nmp.prior import CityPrior, PriorSpec, Window
+from nmp.prior.coding import coding_of
 from nmp.prior.ledger import Ledger
 from nmp.prior.storage import Storage
 from nmp.prior.upkeep import compact
@@ -195,7 +196,7 @@ def gpu_window(size: int, channels: int, repeats: int) -> dict[str, float]:
 def passes(folder: Path, size: int, frames: int, count: int, pace_s: float, *, compacted: bool) -> list[dict[str, Any]]:
     """Drive along one road several times, and return what each frame of each pass took, its first read apart."""
     rng = np.random.default_rng(0)
-    coding = coding_beside(None)
+    coding = coding_of(read_description(None))
     assert coding is not None
     spec = PriorSpec(coding.channels, CELL, "benchmark", evidence_cap=4096, coding=coding)
     # the same content at the same place whenever it is driven, and noise of each look

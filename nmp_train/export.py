@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ from nmp.evaluation import nan_as_null
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.model.runner import Runner, example_inputs, output_difference, window_side
 from nmp.model.weights import fill, read_description
+from nmp.prior.coding import Coding, coding_of
 from nmp_train import checkpoint
 from nmp_train.score import Scores
-
-if TYPE_CHECKING:
-    from nmp.prior.coding import Coding
 
 HELP = """\
 Write the weights of a training run for the mapping node: a .safetensors file with a .json beside it. Optimiser, moving
@@ -129,15 +127,10 @@ def _read(source: Path) -> tuple[BEVNetwork, dict[str, Any], dict[str, Any], Cod
             return *_from_checkpoint(found, weights.parent / checkpoint.NAME), {}, None
         if source.is_dir():
             raise NmpError(f"{source} has no network.safetensors: give the output folder of 'nmp-train fit'")
-    from nmp.mapper import coding_beside
-
     network, _ = load_network(weights)
     description = read_description(weights)
-    training = dict(description.get("training") or {})
-    if stages := training.get("stages"):
-        # The scores of the last one are the metrics; those of each are in training.json.
-        training["stages"] = [{k: v for k, v in stage.items() if k != "scores"} for stage in stages]
-    return network, training, dict(description.get("metrics") or {}), coding_beside(weights)
+    training, metrics = (dict(description.get(key) or {}) for key in ("training", "metrics"))
+    return network, training, metrics, coding_of(description)
 
 
 def _from_checkpoint(found: checkpoint.Checkpoint, path: Path) -> tuple[BEVNetwork, dict[str, Any]]:

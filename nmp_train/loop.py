@@ -139,7 +139,10 @@ def train(
 
 
 def _save(network: BEVNetwork, out: Path, result: dict[str, Any], scores: Scores) -> None:
-    save_network(network, out / "network.safetensors", result, extra=described(result, metrics_of(scores)))
+    # The scores of the last stage are the metrics; those of each are in training.json.
+    stages = [{key: value for key, value in stage.items() if key != "scores"} for stage in result["stages"]]
+    training = result | {"stages": stages}
+    save_network(network, out / "network.safetensors", training, extra=described(training, metrics_of(scores)))
 
 
 class _Stage:

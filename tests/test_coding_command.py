@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from nmp.errors import NmpError
-from nmp.mapper import OnlineMapper, coding_beside
+from nmp.mapper import OnlineMapper
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
+from nmp.model.weights import read_description
+from nmp.prior.coding import coding_of
 from nmp.prior.ledger import Ledger
 from nmp.prior.storage import Storage
 from nmp_train import cli
@@ -36,16 +38,16 @@ def weights(tmp_path: Path) -> Path:
 
 
 @needs_frames
-def test_cities_are_written_with_the_coding_beside_the_weights(weights: Path, tmp_path: Path) -> None:
+def test_cities_are_written_with_the_coding_of_the_weights(weights: Path, tmp_path: Path) -> None:
     fingerprint = load_network(weights)[1]
-    assert coding_beside(weights) is None
+    assert coding_of(read_description(weights)) is None
     assert cli.main(["coding", str(weights), "--dataroot", str(REAL), "--step", "60"]) == 0
-    coding = coding_beside(weights)
+    coding = coding_of(read_description(weights))
     assert coding is not None and coding.channels == 4 and coding.noise > 0
     assert load_network(weights)[1] == fingerprint  # cities of these weights stay theirs
     assert json.loads(weights.with_suffix(".json").read_text())["training"] == {"note": "kept"}
     assert cli.main(["export", str(weights), "--out", str(tmp_path / "exported.safetensors")]) == 0
-    assert coding_beside(tmp_path / "exported.safetensors") == coding
+    assert coding_of(read_description(tmp_path / "exported.safetensors")) == coding
     frames = [frame for scene in read_scenes(REAL, "v1.0-mini") for frame in scene_frames(scene).frames]
     layers = []
     for name, coded in (("coded", True), ("plain", False)):

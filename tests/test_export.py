@@ -89,8 +89,10 @@ def test_weights_that_do_not_fit_are_refused(network: BEVNetwork, tmp_path: Path
 
 def test_a_run_is_exported_with_its_scores(network: BEVNetwork, tmp_path: Path) -> None:
     config = TrainConfig(network=SMALL).to_dict()
-    training = {"config": config, "stages": [{"steps": 3, "losses": [1.0], "scores": {"no prior": {}}}]}
-    save_network(network, tmp_path / "run" / "network.safetensors", training, dtype=torch.float32)
+    training = {"config": config, "stages": [{"steps": 3, "losses": [1.0]}]}
+    metrics = {"no prior": {"miou": 40.5}}
+    weights = tmp_path / "run" / "network.safetensors"
+    save_network(network, weights, training, dtype=torch.float32, extra={"metrics": metrics})
     (tmp_path / "scores.json").write_text('{"miou": 41.5}')
     out = tmp_path / "deep" / "mine.safetensors"
     done = export(tmp_path / "run", out, metrics=[tmp_path / "scores.json"])
@@ -100,8 +102,8 @@ def test_a_run_is_exported_with_its_scores(network: BEVNetwork, tmp_path: Path) 
     # half precision changes the outputs a little, and this is what it says
     assert 0 < done["difference"]["logits"] < 0.02
     described = json.loads(out.with_suffix(".json").read_text())
-    assert described["metrics"] == {"scores": {"miou": 41.5}}
-    assert described["training"]["stages"] == [{"steps": 3, "losses": [1.0]}]
+    assert described["metrics"] == metrics | {"scores": {"miou": 41.5}}
+    assert described["training"]["stages"] == training["stages"]
     assert described["training_set"]["worlds"]["seeds"] == config["worlds"]["seeds"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["mine.json", "mine.safetensors"]
     exact = export(tmp_path / "run", tmp_path / "exact.safetensors", dtype="float")

@@ -35,7 +35,7 @@ from nmp.model.preprocess import network_input
 from nmp.model.runner import Answer, Runner, choose_device, prepare, window_side
 from nmp.model.weights import load_network, read_description
 from nmp.prior import CityPrior, PriorSpec, Window
-from nmp.prior.coding import Coding
+from nmp.prior.coding import Coding, coding_of
 from nmp.prior.record import Record
 from nmp.prior.storage import Place, Storage
 
@@ -128,7 +128,8 @@ class OnlineMapper:
         self._tolerant = tolerant
         self.min_cameras = min_cameras
         """images that a frame must have"""
-        self.city_spec = _spec_of(self.network, self.fingerprint, coding_beside(weights) if coded else None)
+        coding = coding_of(read_description(weights)) if coded else None
+        self.city_spec = _spec_of(self.network, self.fingerprint, coding)
         """of cities that this mapper begins"""
         # The prior caps the evidence. The network must not: the weight of a frame could no longer be told.
         if self.config.fusion == "evidence":
@@ -500,12 +501,6 @@ def _spec_of(network: BEVNetwork, fingerprint: str, coding: Coding | None) -> Pr
     return PriorSpec(
         network.state_channels, config.prior_cell, fingerprint, merge=merge, evidence_cap=cap, coding=coding
     )
-
-
-def coding_beside(weights: Path | None) -> Coding | None:
-    """Return how cities that these weights begin are written, by the JSON beside them; None: channel by channel."""
-    values = read_description(weights).get("prior", {}).get("coding")
-    return Coding.from_dict(values) if values else None
 
 
 def _with_stale(

@@ -199,6 +199,18 @@ class Coding:
         return evidence.astype(np.uint16), np.rint(_TRUST * evidence / (evidence + _UNIT))
 
 
+def coding_of(description: dict[str, Any]) -> Coding | None:
+    """Return how cities that weights begin are written; None: channel by channel.
+
+    :param description: the JSON beside the weights, as :func:`nmp.model.weights.read_description` returns it. It is not
+        read here, as that would bring torch to all who open a city
+
+    Raises :class:`NmpError` when the coding is damaged.
+    """
+    values = description.get("prior", {}).get("coding")
+    return Coding.from_dict(values) if values else None
+
+
 def make_coding(tiles: Sequence[Cells], reads: Array, step: float) -> Coding:
     """Return the coding for a network, from cells that it wrote.
 
