@@ -15,7 +15,10 @@ BLUR = 0.7
 
 
 def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: Tensor) -> Tensor:
-    """Cross entropy between the probabilities of all motions and the true one, 0 where they agree.
+    """Cross entropy between what the comparison says of all motions and the true one, 0 where they agree.
+
+    How well the pose is known has no part in it. A pose that is known better than a step of the search leaves no room
+    for the blur of the true motion: the comparison would be trained to speak against it, and in the end to say nothing.
 
     :param target: [B, 3] true motion in the ego frame of the given pose: forward, left (m), turn (rad)
     :param weight: [B] how much a frame counts: nothing can be found where little is stored
@@ -24,9 +27,9 @@ def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: T
     forward = (c * target[:, 0] + s * target[:, 1]) / aligner.step_m  # shifts are counted in the turned frame
     left = (c * target[:, 1] - s * target[:, 0]) / aligner.step_m
     turn = target[:, 2] / TURN_RAD
-    turns, shifts = found.log_probability.shape[1:3]
+    turns, shifts = found.score.shape[1:3]
     expected = torch.einsum("bt,by,bx->btyx", _near(turn, turns), _near(left, shifts), _near(forward, shifts))
-    return _divergence(expected, found.log_probability, weight)
+    return _divergence(expected, found.score.flatten(1).log_softmax(dim=1).view_as(expected), weight)
 
 
 def slope_loss(found: Slope, leveller: Leveller, slope: Tensor, shift: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def _certain(turn: int, left: int, forward: int) -> Alignment:
     """Return an answer that is nearly sure of one motion of the grid."""
     score = torch.zeros(1, 2 * TURNS + 1, 2 * SHIFTS + 1, 2 * SHIFTS + 1)
     score[0, TURNS + turn, SHIFTS + left, SHIFTS + forward] = 20.0
-    return Alignment(torch.zeros(1, 3), torch.zeros(1, 3), score.flatten(1).log_softmax(1).view_as(score))
+    return Alignment(torch.zeros(1, 3), torch.zeros(1, 3), score)
 
 
 def test_the_true_motion_costs_least() -> None:
@@ -53,6 +53,21 @@ def test_frames_without_weight_teach_nothing() -> None:
     first = alignment_loss(found, aligner, target[:1], torch.ones(1))
     assert alignment_loss(both, aligner, target, torch.tensor([1.0, 0.0])) == pytest.approx(float(first))
     assert alignment_loss(both, aligner, target, torch.zeros(2)) == 0
+
+
+def test_how_well_a_pose_is_known_is_no_part_of_the_lesson() -> None:
+    """Or poses known better than a step of the search would teach it to say nothing."""
+    torch.manual_seed(1)
+    aligner = Aligner(BevGrid(resolution=0.3), 4, 4)
+    bev, stored, evidence = torch.randn(2, 4, 100, 200), torch.randn(2, 4, 50, 100), torch.full((2, 1, 50, 100), 4.0)
+    target = torch.tensor([[0.05, -0.05, 0.001], [0.6, 0.0, 0.02]])
+    losses, offsets = [], []
+    for std in (0.01, 2.0):
+        found = aligner(bev, stored, evidence, torch.full((2, 2), std))
+        losses.append(float(alignment_loss(found, aligner, target, torch.ones(2)).detach()))
+        offsets.append(found.offset.abs().max())
+    assert losses[0] == pytest.approx(losses[1])
+    assert offsets[0] < 0.01 * offsets[1]  # of what is made of it, it is
 
 
 def test_a_motion_leads_from_one_pose_to_the_other() -> None:

@@ -38,8 +38,9 @@ class Alignment(NamedTuple):
     """[B, 3] forward, left (m) and turn (rad): the corrected pose is the given pose followed by this motion"""
     spread: Tensor
     """[B, 3] standard deviation of the same (m, m, rad)"""
-    log_probability: Tensor
-    """[B, turns, shifts left, shifts forward]"""
+    score: Tensor
+    """[B, turns, shifts left, shifts forward] logarithm of how likely each is by the comparison alone, whatever is
+    known of the pose; but for a constant"""
 
 
 class Aligner(nn.Module):
@@ -100,13 +101,12 @@ class Aligner(nn.Module):
             score = correlate(turned.unflatten(0, (b, turns)), seen, SHIFTS).flip(2, 3)
             score = score * (self.scale.exp() / math.sqrt(FEATURES))
             variance = (MAP_AS_WELL * (self.usual if spread is None else spread.float())) ** 2 + self.sure**2
-            score = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
-            log_probability = score.flatten(1).log_softmax(dim=1)
-            mean, square = (log_probability.exp() @ self.moments).chunk(2, dim=1)
+            likely = score - torch.einsum("bk,ktyx->btyx", 0.5 / variance, self.far)
+            mean, square = (likely.flatten(1).softmax(dim=1) @ self.moments).chunk(2, dim=1)
             deviation = (square - mean**2).clamp(min=0).sqrt()
             gain = variance / (variance + self.own)  # Kalman's, of a measurement
             mean = mean * torch.cat([gain[:, :1], gain], dim=1)
-        return Alignment(mean, deviation, log_probability.view_as(score))
+        return Alignment(mean, deviation, score)
 
 
 def moved(pose: Tensor, offset: Tensor) -> Tensor:
