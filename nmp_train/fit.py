@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nmp import __version__
 from nmp.errors import NmpError
@@ -130,7 +131,10 @@ _PRIOR = ("fusion", "align", "slopes", "evidence_cap")
 
 
 def _start(path: Path, config: TrainConfig) -> BEVNetwork:
-    """Take weights to begin with; what another fusion does not have, or has otherwise, begins anew."""
+    """Take weights to begin with; what another fusion does not have, or has narrower, begins anew.
+
+    Where the same fusion is wider here, the weights are widened, and the network begins with the same answers.
+    """
     network = load_network(path)[0]
     ours, theirs = config.network.to_dict(), network.config.to_dict()
     found = differences(theirs, ours)
@@ -144,10 +148,29 @@ def _start(path: Path, config: TrainConfig) -> BEVNetwork:
     if not found:
         return network
     started = BEVNetwork(config.network)
-    shapes = {name: value.shape for name, value in started.state_dict().items()}
-    kept = {name: value for name, value in network.state_dict().items() if shapes.get(name) == value.shape}
-    started.load_state_dict(kept, strict=False)
+    same = network.config.fusion == config.network.fusion
+    state = started.state_dict()
+    for name, value in network.state_dict().items():
+        wanted = state.get(name)
+        if wanted is None:
+            continue
+        if wanted.shape == value.shape:
+            wanted.copy_(value)
+        elif same and all(a >= b for a, b in zip(wanted.shape, value.shape, strict=True)):
+            _widen(wanted, value)
     return started
+
+
+def _widen(wide: Tensor, narrow: Tensor) -> None:
+    """Put weights into the first rows and columns of wider ones, in place.
+
+    The channels that are new are drawn at random and have no say in the others at first (in the manner of Net2Net,
+    Chen et al., ICLR 2016): what is computed stays the same, until training finds a use for them.
+    """
+    rows = slice(0, len(narrow))
+    if wide.dim() > 1:
+        wide[rows] = 0
+    wide[tuple(slice(0, n) for n in narrow.shape)] = narrow
 
 
 def _copy_backbone(network: BEVNetwork, source: Path) -> None:

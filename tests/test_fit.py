@@ -58,6 +58,13 @@ def state_of(folder: Path) -> dict[str, Tensor]:
     return load_file(str(folder / "network.safetensors"))
 
 
+def described_in(folder: Path) -> dict[str, Any]:
+    """Return the JSON beside the weights of a run, which has the scores once: as metrics."""
+    described: dict[str, Any] = json.loads((folder / "network.json").read_text())
+    assert described["metrics"] and not any("scores" in stage for stage in described["training"]["stages"])
+    return described
+
+
 def test_the_shipped_configurations_are_valid() -> None:
     config = load_config(CONFIGS / "cpu_default.yaml", ["stages.1.batch=4"])
     assert config.stages[1].batch == 4 and config.stages[1].freeze_images
@@ -303,6 +310,30 @@ def test_weights_without_the_search_begin_a_run_with_it(tmp_path: Path) -> None:
         _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, neck_channels=4)))
 
 
+def test_a_wider_fusion_begins_with_the_same_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = BEVNetwork(TINY_NETWORK)
+    torch.nn.init.normal_(network.fusion.prior_out.weight)
+    torch.nn.init.normal_(network.fusion.beyond.weight)
+    save_network(network, tmp_path / "w.safetensors", {})
+    narrow = load_network(tmp_path / "w.safetensors")[0].eval()
+    wide = replace(TINY_NETWORK, prior_mix_channels=24, prior_coarse_channels=72)
+    wider = _start(tmp_path / "w.safetensors", tiny_config(network=wide)).eval()
+    assert wider.fusion.prior_out.weight.shape[1] == 24 and wider.fusion.prior_mix.mix_half.conv1[0].in_channels == 72
+    rows, cols = TINY_NETWORK.feature_grid.shape
+    bev, latent = torch.randn(1, TINY_NETWORK.bev_channels, rows, cols), torch.randn(1, 4, rows, cols).tanh()
+    evidence = 4 * torch.rand(1, 1, rows, cols)
+    expected = narrow.fusion.fuse(bev, latent, evidence)
+    assert (expected - bev).abs().mean() > 0.1
+    found = wider.fusion.fuse(bev, latent, evidence)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    found.square().sum().backward()  # and learns to use the width that is new
+    assert wider.fusion.prior_out.weight.grad[:, TINY_NETWORK.bev_channels :].abs().sum() > 0
+    # a narrower one has no place for them
+    again = _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, prior_mix_channels=4)))
+    assert again.fusion.prior_in.weight.shape[0] == 4 and not again.fusion.prior_out.weight.any()
+
+
 def test_recomputing_and_compiling_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     # by a compiler that needs no other one installed, and derives the backward pass as the usual one does
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -376,6 +407,29 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: p
     assert done is not None and done.progress["stage"] == 1
     # Nothing is left to do, and no data is made for it.
     assert fit(config, tmp_path / "halves", device_name="cpu", resume=True)["stages"][0]["losses"] == expected
+
+
+def test_the_scores_of_all_stages_stay_with_a_run_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = replace(tiny_config().stages[0], steps=2)
+    config = tiny_config(stages=(stage, stage))
+    source, marks = ColouredSource(config), iter((10.0, 20.0))
+
+    def score(network: BEVNetwork, stage: StageConfig) -> dict[str, Any]:
+        return {"no prior": {"all": {"miou": next(marks)}}}
+
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)  # in the second stage
+        with pytest.raises(Killed):
+            train(tiny_network(), source, config, tmp_path, device=CPU, score=score)
+    assert described_in(tmp_path)["metrics"]["no prior"]["miou"] == 10.0
+    found = load_checkpoint(tmp_path)
+    assert found is not None and found.progress["stage"] == 1
+    train(tiny_network(), source, config, tmp_path, device=CPU, checkpoint=found, score=score)
+    done = load_checkpoint(tmp_path)
+    assert done is not None
+    for stages in (json.loads((tmp_path / "training.json").read_text())["stages"], done.progress["history"]):
+        assert [known["scores"]["no prior"]["all"]["miou"] for known in stages] == [10.0, 20.0]
+    assert described_in(tmp_path)["metrics"] == {"no prior": {"miou": 20.0, "breakdown": {}}}
 
 
 def test_curves_go_on_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,7 +599,8 @@ def test_a_run_ends_in_weights_that_load(tmp_path: Path, coarse_worlds: None) ->
     assert {"all", "0-10 m", "20-40 m"} <= set(scores["no prior"])
     assert list((tmp_path / "run" / "curves").iterdir())
     assert load_config(tmp_path / "run" / "config.yaml", []) == load_config(config, [])
-    described = json.loads((tmp_path / "run" / "network.json").read_text())
+    described = described_in(tmp_path / "run")
+    assert [stage["steps"] for stage in described["training"]["stages"]] == [1, 2]
     assert described["metrics"]["empty"]["breakdown"]["0-10 m"] == nan_as_null(scores["empty"]["0-10 m"])
     assert described["metrics"]["no prior"]["miou"] == scores["no prior"]["all"]["miou"]
     assert described["training_set"]["worlds"]["first_seed"] == 1001

@@ -50,6 +50,10 @@ class NetworkConfig:
     prior_channels: int = 32
     prior_cell: float = 0.3
     """cell of the city prior, m"""
+    prior_mix_channels: int = 0
+    """evidence: of the convolutions that look at prior and frame together; 0: bev_channels"""
+    prior_coarse_channels: int = 0
+    """the same at half of the resolution and less; 0: as many, but 48 or more, and 64 at an eighth"""
     evidence_cap: float = 32.0
     """most evidence that a prior cell holds: bounds how long a changed street is remembered wrong"""
     fusion: str = "evidence"
@@ -96,7 +100,7 @@ class NetworkConfig:
         return cls(**cleaned)
 
 
-_MAY_BE_ZERO = ("bev_half_channels", "bev_quarter_channels")
+_MAY_BE_ZERO = ("bev_half_channels", "bev_quarter_channels", "prior_mix_channels", "prior_coarse_channels")
 """sizes that follow from another one where they are 0"""
 
 

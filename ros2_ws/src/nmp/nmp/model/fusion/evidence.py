@@ -29,7 +29,8 @@ MAX_WEIGHT = 4.0
 """evidence of a cell that one frame saw as well as can be: from far away it may be a hundredth of that, as what is 20 m
 away is seen a metre off its place"""
 WIDE_CHANNELS, FAR_CHANNELS = 48, 64
-"""at a half and a quarter of the resolution at least, and at an eighth, where they cost little"""
+"""at a half and a quarter of the resolution at least, and at an eighth, where they cost little: where the configuration
+has no ``prior_coarse_channels``"""
 
 
 class Surroundings(nn.Module):
@@ -38,15 +39,16 @@ class Surroundings(nn.Module):
     At an eighth a cell is 2.4 m long, and what is decided there follows from 18 m around.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, coarse: int = 0) -> None:
+        """:param coarse: channels at half of the resolution and less; 0: as many as :data:`WIDE_CHANNELS` says"""
         super().__init__()
-        wide = max(channels, WIDE_CHANNELS)
+        wide, widest = (coarse, coarse) if coarse else (max(channels, WIDE_CHANNELS), FAR_CHANNELS)
         self.mix_full = Residual(channels)
         self.down_half = nn.Sequential(ConvBnRelu(channels, wide, 2), Residual(wide))
         self.down_quarter = nn.Sequential(ConvBnRelu(wide, wide, 2), Residual(wide))
-        far = [Residual(FAR_CHANNELS) for _ in range(3)]
-        self.down_eighth = nn.Sequential(ConvBnRelu(wide, FAR_CHANNELS, 2), *far)
-        self.up_quarter = nn.Conv2d(FAR_CHANNELS, wide, 1)
+        far = [Residual(widest) for _ in range(3)]
+        self.down_eighth = nn.Sequential(ConvBnRelu(wide, widest, 2), *far)
+        self.up_quarter = nn.Conv2d(widest, wide, 1)
         self.mix_quarter = Residual(wide)
         self.up_half = nn.Conv2d(wide, wide, 1)
         self.mix_half = Residual(wide)
@@ -80,25 +82,26 @@ class EvidenceFusion(nn.Module):
         self.cap = config.evidence_cap
         """most evidence of a cell after :meth:`write`; infinite where whoever stores the cells caps them"""
         channels, stored = config.bev_channels, config.prior_channels
+        mixed = config.prior_mix_channels or channels
         self.latent = nn.Conv2d(channels, stored, 1)
         self.weight = nn.Conv2d(channels, 1, 1)
-        self.prior_in = nn.Conv2d(stored + 1, channels, 1)
-        self.frame_in = nn.Conv2d(channels, channels, 1, bias=False)
-        self.prior_mix = Surroundings(channels)
-        self.prior_out = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.prior_in = nn.Conv2d(stored + 1, mixed, 1)
+        self.frame_in = nn.Conv2d(channels, mixed, 1, bias=False)
+        self.prior_mix = Surroundings(mixed, config.prior_coarse_channels)
+        self.prior_out = nn.Conv2d(mixed, channels, 3, 1, 1)
         assert self.weight.bias is not None
         nn.init.constant_(self.weight.bias, -2.5)  # few cells are seen well
         nn.init.zeros_(self.prior_out.weight)
         assert self.prior_out.bias is not None
         nn.init.zeros_(self.prior_out.bias)
         # What the map says of the cells beside those that it knows: where lines go on.
-        self.beyond = nn.Conv2d(channels, channels, 1, bias=False)
+        self.beyond = nn.Conv2d(mixed, channels, 1, bias=False)
         nn.init.zeros_(self.beyond.weight)
         self.aligner = Aligner(config.feature_grid, channels, stored) if config.align else None
         self.leveller = Leveller(config.feature_grid, channels, stored) if config.slopes else None
         # How well the pose is known, for what is read and for what is written. Until training finds otherwise it
         # makes no difference.
-        self.spread_in = nn.Conv2d(3, channels, 1, bias=False) if config.align else None
+        self.spread_in = nn.Conv2d(3, mixed, 1, bias=False) if config.align else None
         self.doubt = nn.Linear(3, 1) if config.align else None
         if self.spread_in is not None and self.doubt is not None:
             nn.init.zeros_(self.spread_in.weight)
