@@ -133,7 +133,7 @@ _PRIOR = ("fusion", "align", "slopes", "evidence_cap")
 def _start(path: Path, config: TrainConfig) -> BEVNetwork:
     """Take weights to begin with; what another fusion does not have, or has narrower, begins anew.
 
-    Where the same fusion is wider here, the weights are widened, and the network begins with the same answers.
+    Where only the inside of the fusion is wider, the weights are widened, and the network begins with the same answers.
     """
     network = load_network(path)[0]
     ours, theirs = config.network.to_dict(), network.config.to_dict()
@@ -148,7 +148,8 @@ def _start(path: Path, config: TrainConfig) -> BEVNetwork:
     if not found:
         return network
     started = BEVNetwork(config.network)
-    same = network.config.fusion == config.network.fusion
+    # Other channels of the prior are another order of what the fusion reads, not a width.
+    same = all(ours[key] == theirs[key] for key in ("fusion", "prior_channels"))
     state = started.state_dict()
     for name, value in network.state_dict().items():
         wanted = state.get(name)
@@ -167,9 +168,8 @@ def _widen(wide: Tensor, narrow: Tensor) -> None:
     The channels that are new are drawn at random and have no say in the others at first (in the manner of Net2Net,
     Chen et al., ICLR 2016): what is computed stays the same, until training finds a use for them.
     """
-    rows = slice(0, len(narrow))
     if wide.dim() > 1:
-        wide[rows] = 0
+        wide[: len(narrow)] = 0
     wide[tuple(slice(0, n) for n in narrow.shape)] = narrow
 
 

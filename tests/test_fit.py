@@ -329,6 +329,9 @@ def test_a_wider_fusion_begins_with_the_same_answers(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     found.square().sum().backward()  # and learns to use the width that is new
     assert wider.fusion.prior_out.weight.grad[:, TINY_NETWORK.bev_channels :].abs().sum() > 0
+    # with more channels in the map, what tells known cells from others is read from another column
+    more = _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, prior_channels=6)))
+    assert not torch.equal(more.fusion.prior_in.weight[:, :4], narrow.fusion.prior_in.weight[:, :4])
     # a narrower one has no place for them
     again = _start(tmp_path / "w.safetensors", tiny_config(network=replace(TINY_NETWORK, prior_mix_channels=4)))
     assert again.fusion.prior_in.weight.shape[0] == 4 and not again.fusion.prior_out.weight.any()
