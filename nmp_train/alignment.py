@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from nmp.model.fusion import Alignment, Slope
-from nmp.model.fusion.align import TURN_RAD, Aligner
+from nmp.model.fusion.align import BLUR, TURN_RAD, Aligner
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 from nmp_train.distributed import sum_over_ranks
-
-BLUR = 0.7
-"""how far beside the true motion an answer still counts, in steps of the search"""
 
 
 def alignment_loss(found: Alignment, aligner: Aligner, target: Tensor, weight: Tensor) -> Tensor:

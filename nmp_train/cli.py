@@ -43,6 +43,7 @@ _MODULES = {
     "eval": "score weights on a nuScenes data set",
     "splits": "divide the scenes of a data set into training and validation",
     "export": "write weights for the node",
+    "search": "measure how exact a network's search for the pose is",
     "coding": "make the coding with which a network's prior is written",
 }
 """commands that are modules of their own, each with ``add_arguments`` and ``run``"""

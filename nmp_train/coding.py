@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from nmp.errors import NmpError
 from nmp.mapper import OnlineMapper
 from nmp.model.fusion import EvidenceFusion
 from nmp.model.network import BEVNetwork
-from nmp.model.weights import read_description, weights_file
+from nmp.model.weights import put_beside
 from nmp.prior.cells import Cells
 from nmp.prior.coding import Coding, make_coding
 from nmp.prior.ledger import Ledger, State
@@ -66,23 +64,6 @@ def fit(weights: Path, dataroot: Path, version: str, step: float = STEP) -> Codi
     return make_coding(tiles, reads, step)
 
 
-def put_beside(weights: Path, coding: Coding) -> Path:
-    """Write a coding into the JSON beside weights, which is replaced as a whole; return the file.
-
-    Raises :class:`NmpError` when it cannot be read or written.
-    """
-    description = read_description(weights)
-    description["prior"] = {**description.get("prior", {}), "coding": coding.to_dict()}
-    path = weights_file(weights).with_suffix(".json")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise NmpError(f"cannot write {path} ({error.strerror}): check the permissions") from error
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp-train coding``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -96,5 +77,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp-train coding``."""
     coding = fit(args.weights, args.dataroot, args.version, args.step)
-    path = put_beside(args.weights, coding)
+    path = put_beside(args.weights, {"prior": {"coding": coding.to_dict()}})
     print(f"{path}: coding {coding.name}, {coding.components} components of {coding.channels} channels")

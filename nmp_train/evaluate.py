@@ -197,19 +197,18 @@ def with_noise(scene: SceneFrames, noise: LocalisationNoise) -> SceneFrames:
         (stamps - stamps[0]) / 1e9, np.stack([f.map_from_base for f in scene.frames]), zlib.crc32(scene.name.encode())
     )
     position_std, yaw_std = np.sqrt(covariance[0, 0]), np.sqrt(covariance[5, 5])
-    frames = []
-    for frame, pose in zip(scene.frames, poses, strict=True):
-        moved = pose @ inverse(frame.map_from_base)
-        frames.append(
-            replace(
-                frame,
-                map_from_base=pose,
-                shots=tuple(replace(s, map_from_base=moved @ s.map_from_base) for s in frame.shots),
-                position_std=float(np.hypot(frame.position_std, position_std)),
-                yaw_std=float(np.hypot(frame.yaw_std, yaw_std)),
-            )
-        )
+    frames = [
+        at_pose(frame, pose, float(np.hypot(frame.position_std, position_std)), float(np.hypot(frame.yaw_std, yaw_std)))
+        for frame, pose in zip(scene.frames, poses, strict=True)
+    ]
     return replace(scene, frames=frames)
+
+
+def at_pose(frame: Frame, pose: NDArray[np.float64], position_std: float, yaw_std: float) -> Frame:
+    """Return a frame as from a car that believes another pose [4, 4], known so well. All its images are moved alike."""
+    moved = pose @ inverse(frame.map_from_base)
+    shots = tuple(replace(s, map_from_base=moved @ s.map_from_base) for s in frame.shots)
+    return replace(frame, map_from_base=pose, shots=shots, position_std=position_std, yaw_std=yaw_std)
 
 
 class _Changes:

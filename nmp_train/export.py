@@ -17,7 +17,7 @@ from nmp.errors import NmpError
 from nmp.evaluation import nan_as_null
 from nmp.model import BEVNetwork, NetworkConfig, load_network, save_network
 from nmp.model.runner import Runner, example_inputs, output_difference, window_side
-from nmp.model.weights import fill, read_description
+from nmp.model.weights import fill, put_beside, read_description
 from nmp.prior.coding import Coding, coding_of
 from nmp_train import checkpoint
 from nmp_train.score import Scores
@@ -69,9 +69,7 @@ def export(
         written = Path(folder, out.name)
         save_network(network, written, training, dtype=DTYPES[dtype], extra=extra)
         if coding is not None:
-            from nmp_train.coding import put_beside  # it needs the mapper, which training does not
-
-            put_beside(written, coding)
+            put_beside(written, {"prior": {"coding": coding.to_dict()}})
         mib = written.stat().st_size / 2**20
         if mib > max_mib:
             raise NmpError(

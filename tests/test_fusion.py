@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
-from nmp.model.fusion.align import MAP_AS_WELL, SEARCH_STD, SHIFTS, SURE, TURN_RAD, TURNS, Aligner
+from nmp.model.fusion.align import MAP_AS_WELL, SHIFTS, SURE, TURN_RAD, TURNS, Aligner, Exactness
 from nmp.model.fusion.correlate import COARSE, correlate
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
@@ -125,6 +125,8 @@ def _compare_as_it_is(search: Aligner | Leveller) -> None:
             part[2].weight[:, :8, 1, 1] = torch.eye(8)
             part[2].bias[:] = -5.0
         search.scale.fill_(1.0)
+    if isinstance(search, Aligner):
+        search.exactness = Exactness((1.0, 1.0, 1.0), (0.2, 0.2, 0.01))
 
 
 def test_the_pose_is_corrected_towards_what_is_stored() -> None:
@@ -189,7 +191,27 @@ def test_what_is_found_is_a_measurement_beside_the_pose() -> None:
         with torch.inference_mode():
             found = float(aligner(seen, stored, ones, torch.tensor([[std, std / 20]])).offset[0, 0])
         variance = (MAP_AS_WELL * std) ** 2 + SURE[0] ** 2
-        assert found == pytest.approx(0.6 * variance / (variance + SEARCH_STD[0] ** 2), rel=0.02), std
+        assert found == pytest.approx(0.6 * variance / (variance + 0.2**2), rel=0.02), std
+
+
+def test_what_is_measured_depends_little_on_what_was_known_before() -> None:
+    torch.manual_seed(3)
+    stored = functional.interpolate(torch.randn(1, 8, 20, 40), (100, 200), mode="bicubic")
+    aligner = Aligner(BevGrid(resolution=0.3), 8, 8)
+    _compare_as_it_is(aligner)
+    aligner.scale.data.fill_(-2.0)
+    seen = stored.roll(-2, dims=3)
+    stored = functional.avg_pool2d(stored, COARSE)
+    ones = torch.full((1, 1, *stored.shape[2:]), 8.0)
+    with torch.inference_mode():
+        found = [aligner(seen, stored, ones, torch.tensor([[s, s / 10]])) for s in (0.0, 0.5, 1.0)]
+        aligner.exactness = Exactness((3.0, 1.0, 1.0), (0.6, 0.2, 0.01))
+        scaled = aligner(seen, stored, ones, torch.tensor([[1.0, 0.1]]))
+    for one in found:
+        assert abs(float(one.measured[0, 0]) - 0.6) < 0.15
+        assert 0.2 <= float(one.error[0, 0]) < 0.4
+    assert float(scaled.measured[0, 0]) == pytest.approx(3 * float(found[2].measured[0, 0]))
+    assert float(scaled.error[0, 0]) == pytest.approx(3 * float(found[2].error[0, 0]))
 
 
 def test_without_anything_stored_the_pose_stays() -> None:
@@ -199,6 +221,7 @@ def test_without_anything_stored_the_pose_stays() -> None:
         found = aligner(torch.randn(1, 8, 100, 200), torch.zeros(1, 4, 50, 100), torch.zeros(1, 1, 50, 100))
     assert found.offset.abs().max() < 1e-4
     assert found.spread[0, 0] > 0.8  # and nobody claims to know it
+    assert torch.isinf(found.error).all() and not found.measured.any()
 
 
 def test_what_is_seen_on_a_slope_is_levelled() -> None:

@@ -24,8 +24,8 @@ from nmp.prior import CityPrior
 CONFIG = NetworkConfig(
     backbone_stages=2, input_width=64, input_height=32, neck_channels=8, bev_channels=16, prior_channels=4
 )
-SURE = np.array([0.1, -0.1, 0.0, 0.2, 0.2, 0.01], np.float32)
-"""what a pose search finds where the pose is right: offset and spread"""
+SURE = np.array([[0.1, -0.1, 0.0], [0.2, 0.2, 0.01], [0.2, -0.2, 0.0], [0.2, 0.2, 0.01]], np.float32)
+"""what a pose search finds where the pose is right: offset, spread, what was measured and its error"""
 
 
 def drive(
@@ -110,8 +110,10 @@ def test_the_stored_map_confirms_a_new_place() -> None:
     gate = PoseGate()
     assert all(stored(gate, frames, SURE))
     assert gate.counts[JUMPS] == gate.counts[CONFIRMED] == 1
-    for wrong in ([2.4, 0, 0, 0.2, 0.2, 0.01], [0, 0, 0.06, 0.2, 0.2, 0.01], [0, 0, 0, 1.0, 0.9, 0.03]):
-        assert stored(PoseGate(), frames, np.array(wrong, np.float32)).count(False) == 5
+    spread = [0.2, 0.2, 0.01]
+    for offset, wide in (([2.4, 0, 0], spread), ([0, 0, 0.06], spread), ([0, 0, 0], [1.0, 0.9, 0.03])):
+        wrong = np.array([offset, wide, *SURE[2:]], np.float32)
+        assert stored(PoseGate(), frames, wrong).count(False) == 5
 
 
 def test_a_place_that_no_car_reaches_is_a_jump_without_any_history() -> None:
@@ -240,8 +242,8 @@ def test_the_search_of_the_network_reaches_the_gate(weights: Path, frames: list[
             mapper.update(frame)
         mapper.close()
         mapper.update(dataclasses.replace(_shifted(frames[2], 900.0), position_std=0.0, yaw_std=0.0))
-    assert all(f is not None and f.shape == (6,) and np.abs(f[:3]).max() < 1e-3 for f in seen), "nothing is stored yet"
-    spread = [f[3] for f in seen if f is not None]
+    assert all(f is not None and f.shape == (4, 3) and np.abs(f[0]).max() < 1e-3 for f in seen), "nothing is stored yet"
+    spread = [f[1, 0] for f in seen if f is not None]
     assert 0.8 < spread[0] < 1.1, "twice what the pose says: it claims nothing"
     assert 0.8 < spread[1] < 1.1, "after a jump what the pose says is not believed"
     assert spread[2] < 0.1, "exact it is in the first frame of another drive"

@@ -152,8 +152,7 @@ class PoseGate:
     def may_store(self, found: NDArray[np.float32] | None) -> bool:
         """Tell whether the frame that was checked last may be stored.
 
-        :param found: [6] what the pose search found: forward, left (m) and turn (rad) by which the pose is off, and
-            their standard deviations; None without a search
+        :param found: [4, 3] what the pose search found, as in :class:`nmp.model.runner.Answer`; None without a search
         """
         if self._settling and found is not None and self._agrees(found):
             self._settling = 0
@@ -228,7 +227,7 @@ class PoseGate:
         """Tell whether the stored map shows that the pose is right: only where something is stored can it be sure."""
         limits = self.limits
         step = np.array([limits.agreed_m, limits.agreed_m, limits.agreed_rad])
-        return bool((np.abs(found[:3]) <= 2 * step).all() and (found[3:] <= step).all())
+        return bool((np.abs(found[0]) <= 2 * step).all() and (found[1] <= step).all())
 
 
 def doubted(evidence: NDArray[np.uint16], weight: float, scale: float) -> NDArray[np.uint16]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmp.defaults import RESIDENT_MB, STALE_DAYS
+from nmp.drift import Drift
 from nmp.errors import NmpError
 from nmp.frame import CAMERAS, UNSTATED_STD, Frame, LocalMap
 from nmp.gate import GateLimits, PoseGate, doubted
@@ -67,6 +68,18 @@ class _Attempt(NamedTuple):
     begun_s: float
     """monotonic clock"""
     done: Future[None]
+
+
+class _LookedUp(NamedTuple):
+    """What was stored around a pose."""
+
+    city: CityPrior | None
+    """None where there is nothing that could be read or written"""
+    window: Window
+    stale: NDArray[np.uint16] | None
+    """[side, side] evidence that the network is not told of"""
+    pose: Tensor
+    """[1, 3] x, y (m) from the corner of the window, yaw (rad)"""
 
 
 class OnlineMapper:
@@ -140,6 +153,7 @@ class OnlineMapper:
         the update before"""
         self.gates = PoseGate(limits)
         """judges the poses: how often and why a frame was not stored"""
+        self._drift = Drift()
         self.stages_s: dict[str, float] = {}
         """what each stage of the last update took, s; writing the prior is that of the update before"""
         self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -290,35 +304,61 @@ class OnlineMapper:
         clock.done("network")
         self.settle()
         clock.restart()
-        x, y = float(frame.map_from_base[0, 3]), float(frame.map_from_base[1, 3])
+        weight = self.gates.check(frame)
+        if self.gates.doubts_motion:
+            frame = replace(frame, position_std=UNSTATED_STD[0], yaw_std=UNSTATED_STD[1])
+            self._drift.restart()
+        believed = self._drift.expect(frame)
+        x, y, yaw = _planar(frame) + believed.offset
+        looked = self._look_up(frame, x, y, yaw)
+        if weight < 1:
+            evidence = self._runner.window[1]
+            evidence[...] = doubted(evidence, weight, EVIDENCE_SCALE)
+        clock.done("reading prior")
+        answer = _checked(self._runner.answer(looked.pose, torch.tensor([[*believed[1:]]])))
+        self._drift.learn(yaw, answer.found)
+        clock.done("network")
+        self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
+        if self.gates.may_store(answer.found) and looked.city is not None:
+            self._stored = self._storing.submit(self._store, looked, answer, frame.stamp_ns)
+        return self._local_map(frame, answer)
+
+    def measure(self, frame: Frame) -> NDArray[np.float32] | None:
+        """Return what the pose search finds from the pose of a frame, whatever frames before it found.
+
+        Nothing is stored, and what follows is as if it had not been asked for.
+
+        :return: [4, 3] as in :class:`nmp.model.runner.Answer`; None for a network without a search, and without a prior
+
+        Raises :class:`NmpError` for bad input.
+        """
+        if not self.use_prior:
+            return None
+        self._runner.see(*decode(frame, self.config, self.min_cameras)[:3])
+        self.settle()
+        looked = self._look_up(frame, *_planar(frame))
+        found = _checked(self._runner.answer(looked.pose, torch.tensor([[frame.position_std, frame.yaw_std]]))).found
+        return None if found is None else found.copy()
+
+    def _look_up(self, frame: Frame, x: float, y: float, yaw: float) -> _LookedUp:
+        """Put what is stored around a pose (m, rad) into the window of the runner."""
         cell = self.config.prior_cell
         window = Window.around(x, y, cell, self._side, self._side)
         city = self._city_if_it_opens(frame.location)
         if city is not None:
-            city.prefetch(x, y, yaw_of(frame.map_from_base))
+            city.prefetch(x, y, yaw)
         latent, evidence = self._runner.window
         if city is None or not self._read(city, window):
             city = None
             latent.fill(0)  # with nothing in it the network gives what it gives without a prior
             evidence.fill(0)
-        # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
-        pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw_of(frame.map_from_base)]])
         stale = city.stale(window, frame.stamp_ns, self._stale_s) if city is not None and self._stale_s else None
         if stale is not None:
             np.minimum(stale, evidence, out=stale)
             evidence -= stale
-        clock.done("reading prior")
-        weight = self.gates.check(frame)
-        if weight < 1:
-            evidence[...] = doubted(evidence, weight, EVIDENCE_SCALE)
-        told = UNSTATED_STD if self.gates.doubts_motion else (frame.position_std, frame.yaw_std)
-        spread = torch.tensor([told])
-        answer = _checked(self._runner.answer(pose, spread))
-        clock.done("network")
-        self.stages_s = clock.seconds | {"writing prior": self._wrote_s}
-        if self.gates.may_store(answer.found) and city is not None:
-            self._stored = self._storing.submit(self._store, city, window, answer, frame.stamp_ns, stale)
-        return self._local_map(frame, answer)
+        # Coordinates relative to the window keep float32 exact to a micrometre anywhere in a city.
+        pose = torch.tensor([[x - window.col * cell, y - window.row * cell, yaw]], dtype=torch.float32)
+        return _LookedUp(city, window, stale, pose)
 
     def settle(self) -> None:
         """Wait until what the last frame saw is stored; every other method that needs it does so by itself."""
@@ -326,10 +366,9 @@ class OnlineMapper:
         if stored is not None:
             stored.result()
 
-    def _store(
-        self, city: CityPrior, window: Window, answer: Answer, stamp_ns: int, stale: NDArray[np.uint16] | None
-    ) -> None:
-        assert answer.latent is not None and answer.evidence is not None
+    def _store(self, looked: _LookedUp, answer: Answer, stamp_ns: int) -> None:
+        city, window, stale, _ = looked
+        assert city is not None and answer.latent is not None and answer.evidence is not None
         begin = time.monotonic()
         try:
             latent, evidence = answer.latent, answer.evidence
@@ -418,6 +457,7 @@ class OnlineMapper:
         self._end_attempts()
         self._attempts.clear()
         self.gates.restart()
+        self._drift.restart()
         added = {}
         while self._cities:
             location, city = self._cities.popitem()
@@ -431,6 +471,7 @@ class OnlineMapper:
         self._end_attempts()
         self._attempts.clear()
         self.gates.restart()
+        self._drift.restart()
         while self._cities:
             _, city = self._cities.popitem()
             city.discard()
@@ -490,6 +531,11 @@ def masked_input(frame: Frame, config: NetworkConfig, min_cameras: int) -> tuple
     images, pixel_from_base, present = network_input(replace(frame, shots=(*frame.shots, *stand_ins)), config)
     present[0, [CAMERAS.index(name) for name in lost]] = 0.0
     return images, pixel_from_base, present
+
+
+def _planar(frame: Frame) -> Array:
+    """Return x, y (m) and yaw (rad) of the given pose."""
+    return np.array([frame.map_from_base[0, 3], frame.map_from_base[1, 3], yaw_of(frame.map_from_base)])
 
 
 def _spec_of(network: BEVNetwork, fingerprint: str, coding: Coding | None) -> PriorSpec:

@@ -69,7 +69,8 @@ class Outputs(NamedTuple):
     seen: Tensor | None = None
     """[1, 1, side, side] bool: cells that this frame covers"""
     found: Tensor | None = None
-    """[1, 6] float32 what the pose search found, offset and spread of :class:`nmp.model.fusion.Alignment`"""
+    """[1, 4, 3] float32 what the pose search found: offset, spread, measured and error of
+    :class:`nmp.model.fusion.Alignment`"""
 
 
 class Answer(NamedTuple):
@@ -87,7 +88,7 @@ class Answer(NamedTuple):
     seen: NDArray[np.bool_] | None
     """[side, side]"""
     found: NDArray[np.float32] | None
-    """[6]; None without a search"""
+    """[4, 3]; None without a search"""
 
 
 def choose_device(name: str) -> torch.device:
@@ -281,7 +282,7 @@ class OneFrame:
         found = None
         if output.alignment is not None:
             pose = fusion.moved(pose, output.alignment.offset.float())
-            found = torch.cat([output.alignment.offset, output.alignment.spread], dim=1).float()
+            found = torch.stack(output.alignment[:4], dim=1).float()
         grid, cell = config.feature_grid, config.prior_cell
         rows, cols = evidence.shape[-2:]
         covered = fusion.ego_to_map(self._region, pose, grid, self._origin, cell, rows, cols)

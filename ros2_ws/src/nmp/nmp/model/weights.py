@@ -17,6 +17,7 @@ from torch import Tensor
 from nmp.errors import NmpError
 from nmp.frame import CLASSES
 from nmp.model.config import NetworkConfig
+from nmp.model.fusion import Exactness
 from nmp.model.network import BEVNetwork
 
 FORMAT = "nmp-weights"
@@ -56,12 +57,31 @@ def save_network(
             "std": list(config.std),
         },
         "prior": {"channels": network.state_channels, "cell_m": config.prior_cell},
+        **_search(network),
         **(extra or {}),
         "training": training,
     }
     # Not safetensors' own file writer: it makes files that only their owner can read.
     _replace(path, tensors_to_bytes(state))
     _replace(path.with_suffix(".json"), (json.dumps(description, indent=2) + "\n").encode())
+
+
+def _search(network: BEVNetwork) -> dict[str, Any]:
+    aligner = network.fusion.aligner
+    return {} if aligner is None else {"search": aligner.exactness._asdict()}
+
+
+def put_beside(weights: Path | str, values: dict[str, Any]) -> Path:
+    """Add to the JSON beside weights, one level deep, and replace it as a whole; return the file.
+
+    The weights and their fingerprint stay as they are. Raises :class:`NmpError` when it cannot be read or written.
+    """
+    description = read_description(weights)
+    for key, value in values.items():
+        description[key] = {**description.get(key, {}), **value}
+    path = weights_file(weights).with_suffix(".json")
+    _replace(path, (json.dumps(description, indent=2) + "\n").encode())
+    return path
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,6 +180,9 @@ def load_network(path: Path | str | None = None, device: torch.device | str = "c
         remedy="the two files do not belong together",
         damage=f"{path} holds NaN or infinite weights: use an earlier file",
     )
+    aligner = network.fusion.aligner
+    if aligner is not None and "search" in description:  # it is no weight: priors do not depend on it
+        aligner.exactness = Exactness.from_dict(description["search"])
     network.to(device).eval()
     digest = hashlib.sha256(data)
     # As it is in the file: a key that a later nmp adds must not orphan the priors of earlier weights.

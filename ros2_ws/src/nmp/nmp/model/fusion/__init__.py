@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nmp.errors import NmpError
 from nmp.model.config import NetworkConfig
-from nmp.model.fusion.align import Alignment, moved
+from nmp.model.fusion.align import Alignment, Exactness, moved
 from nmp.model.fusion.evidence import EVIDENCE_SCALE, LATENT_SCALE, MAX_WEIGHT, EvidenceFusion, means, sums
 from nmp.model.fusion.geometry import ego_to_map, map_to_ego
 from nmp.model.fusion.memory import Memory
@@ -17,6 +17,7 @@ __all__ = [
     "MAX_WEIGHT",
     "Alignment",
     "EvidenceFusion",
+    "Exactness",
     "Memory",
     "PaperFusion",
     "Slope",
