@@ -15,6 +15,7 @@ from nmp.frame import Frame
 from nmp.geometry import Array, transform_from_xyyaw, yaw_of
 from nmp.mapper import OnlineMapper
 from nmp.model.fusion import Exactness
+from nmp.model.fusion.align import ALIKE
 from nmp.model.weights import put_beside
 from nmp_train.evaluate import at_pose, read_scenes, scene_frames
 
@@ -23,7 +24,7 @@ ERRORS = (0.3, 0.3, 0.02)
 AXES = ("forward", "left", "turn")
 FEWEST = 50
 """frames of which less says nothing"""
-RAW = Exactness((1.0, 1.0, 1.0), (1e-4, 1e-4, 1e-5))
+RAW = Exactness((1.0, 1.0, 1.0), (1e-4, 1e-4, 1e-5), (1 / ALIKE, 1 / ALIKE, 1 / ALIKE))
 """with it a search gives what it finds as it is"""
 HELP = """\
 Measure how exact the search for the pose is, and put it into the JSON beside the weights: the poses of a car are then
@@ -47,7 +48,6 @@ def fit(weights: Path, dataroot: Path, version: str, seed: int = 0) -> Exactness
         aligner = mapper.network.fusion.aligner
         if aligner is None:
             raise NmpError(f"{weights} have no search for the pose: train them with network.align=true")
-        usual = aligner.exactness
         for listed in tqdm(read_scenes(dataroot, version), desc="mapping", unit="scene", disable=None):
             scene = scene_frames(listed)
             for believed, pose in zip(scene.frames, scene.true_poses, strict=True):
@@ -55,7 +55,7 @@ def fit(weights: Path, dataroot: Path, version: str, seed: int = 0) -> Exactness
                 off = rng.normal(size=3) * ERRORS
                 aligner.exactness = RAW
                 found = mapper.measure(misplaced(frame, off))
-                aligner.exactness = usual
+                aligner.exactness = Exactness()  # whatever was measured before has no part in it
                 assert found is not None
                 yaw = yaw_of(frame.map_from_base) + off[2]
                 c, s = math.cos(yaw), math.sin(yaw)
@@ -75,16 +75,16 @@ def misplaced(frame: Frame, off: Array) -> Frame:
 
 
 def exactness_of(rows: Array) -> Exactness:
-    """Return scale and standard deviation by axis, from what was found of known errors.
+    """Return scale, standard deviation and its growth by axis, from what was found of known errors.
 
-    :param rows: [N, 3, 3] of N frames by axis: the true motion, the one that was found, and how far off the search
-        says that it may be beyond its own error (standard deviation, infinite where it found nothing)
+    :param rows: [N, 3, 3] of N frames by axis: the true motion, the one that was found, and how vague the comparison
+        was (standard deviation, infinite where it said nothing)
 
     Raises :class:`NmpError` where too few frames were found, and where what is found does not follow the truth.
     """
-    scale, std = [], []
+    axes = []
     for axis, name in enumerate(AXES):
-        true, found, beyond = rows[np.isfinite(rows[:, 2, axis])][:, :, axis].T
+        true, found, vague = rows[np.isfinite(rows[:, 2, axis])][:, :, axis].T
         if len(true) < FEWEST:
             raise NmpError(
                 f"the search found {len(true)} of {len(rows)} frames on the map, {FEWEST} are needed: give scenes "
@@ -96,23 +96,23 @@ def exactness_of(rows: Array) -> Exactness:
                 f"the search finds {share:.0%} of how far a pose is off ({name}): it is not trained. Train a stage "
                 "with alignment_only=true"
             )
-        scale.append(1 / share)
-        std.append(_own(found / share - true, beyond / share))
-    return Exactness(tuple(scale), tuple(std))  # type: ignore[arg-type]
+        axes.append((1 / share, *_spread_of(found / share - true, vague)))
+    return Exactness(*(tuple(column) for column in zip(*axes, strict=True)))
 
 
-def _own(error: Array, beyond: Array) -> float:
-    """Return the standard deviation that all of the errors [N] share beside those that are known [N].
+def _spread_of(error: Array, vague: Array) -> tuple[float, float]:
+    """Return the standard deviation of errors [N] where nothing is vague, and how it grows with it.
 
-    It is the one with which half of them are as small as half of a normal distribution is: a few that are far off,
-    where the search took one line for another, have no say.
+    They are the ones under which the errors are most likely as of a Laplace distribution, in which a few that are far
+    off, where the search took one line for another, have little say.
     """
-    low, high = 1e-6, 10.0
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        median = float(np.median(np.abs(error) / np.sqrt(beyond**2 + middle**2)))
-        low, high = (middle, high) if median > 0.6745 else (low, middle)
-    return low
+    size = float(np.median(np.abs(error)))
+    std = size * np.geomspace(0.2, 3.0, 40)
+    growth = np.geomspace(0.02, 2.0, 40)
+    spread = np.sqrt(std[:, None, None] ** 2 + (growth[:, None] * vague) ** 2)
+    cost = (np.log(spread) + math.sqrt(2) * np.abs(error) / spread).sum(axis=2)
+    row, col = np.unravel_index(cost.argmin(), cost.shape)
+    return float(std[row]), float(growth[col])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +129,6 @@ def run(args: argparse.Namespace) -> None:
     """Carry out ``nmp-train search``."""
     exactness = fit(args.weights, args.dataroot, args.version, args.seed)
     path = put_beside(args.weights, {"search": exactness._asdict()})
-    for name, scale, std, unit in zip(AXES, *exactness, ("m", "m", "rad"), strict=True):
-        print(f"{name}: what is found times {scale:.2f} is off by {std:.3g} {unit}")
+    for name, scale, std, growth, unit in zip(AXES, *exactness, ("m", "m", "rad"), strict=True):
+        print(f"{name}: what is found times {scale:.2f} is off by {std:.3g} {unit} + {growth:.2f} of how vague it is")
     print(f"written to {path}")

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from nmp.geometry import BevGrid, transform_from_xyyaw
 from nmp.model import BEVNetwork, NetworkConfig, fusion
-from nmp.model.fusion.align import MAP_AS_WELL, SHIFTS, SURE, TURN_RAD, TURNS, Aligner, Exactness
+from nmp.model.fusion.align import ALIKE, MAP_AS_WELL, SHIFTS, SURE, TURN_RAD, TURNS, Aligner, Exactness
 from nmp.model.fusion.correlate import COARSE, correlate
 from nmp.model.fusion.slope import SLOPE_STEP, Leveller
 
@@ -126,7 +126,9 @@ def _compare_as_it_is(search: Aligner | Leveller) -> None:
             part[2].bias[:] = -5.0
         search.scale.fill_(1.0)
     if isinstance(search, Aligner):
-        search.exactness = Exactness((1.0, 1.0, 1.0), (0.2, 0.2, 0.01))
+        search.exactness = Exactness(
+            (1.0, 1.0, 1.0), (0.2 / ALIKE, 0.2 / ALIKE, 0.01 / ALIKE), (1 / ALIKE, 1 / ALIKE, 1 / ALIKE)
+        )
 
 
 def test_the_pose_is_corrected_towards_what_is_stored() -> None:
@@ -205,7 +207,7 @@ def test_what_is_measured_depends_little_on_what_was_known_before() -> None:
     ones = torch.full((1, 1, *stored.shape[2:]), 8.0)
     with torch.inference_mode():
         found = [aligner(seen, stored, ones, torch.tensor([[s, s / 10]])) for s in (0.0, 0.5, 1.0)]
-        aligner.exactness = Exactness((3.0, 1.0, 1.0), (0.6, 0.2, 0.01))
+        aligner.exactness = Exactness((3.0, 1.0, 1.0), (0.6 / ALIKE, 0.2, 0.01), (3 / ALIKE, 1.0, 1.0))
         scaled = aligner(seen, stored, ones, torch.tensor([[1.0, 0.1]]))
     for one in found:
         assert abs(float(one.measured[0, 0]) - 0.6) < 0.15

@@ -34,6 +34,9 @@ SURE = (0.05, 0.002)
 """pose and map are no closer than this, m and rad"""
 ROOM = (0.6, 0.03)
 """it is looked for within this at least, m and rad: in less than a step of the grid nothing could be told"""
+ALIKE = 2.0
+"""what is measured is taken to be so many times further off than it is in one frame on an exact map: frames that follow
+each other misread a street alike, and a map that was made at wrong poses is blurred"""
 TOLD_SOMETHING = 0.05
 """a comparison that narrows where the car may be by less than this share says nothing"""
 
@@ -41,10 +44,12 @@ TOLD_SOMETHING = 0.05
 class Exactness(NamedTuple):
     """How exact a search is, forward, left (m) and in turn (rad); ``nmp-train search`` measures it."""
 
-    scale: tuple[float, float, float] = (1.0, 1.0, 2.0)
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """what is found is to be multiplied by this: turns are found too small, as a turned map is a blurred one"""
-    std: tuple[float, float, float] = (0.3, 0.17, 0.012)
-    """how far off it then is, where the comparison is as clear as can be: standard deviations"""
+    std: tuple[float, float, float] = (0.2, 0.15, 0.01)
+    """standard deviation of how far off it then is, where the comparison is as clear as can be"""
+    growth: tuple[float, float, float] = (0.3, 0.3, 0.3)
+    """and of how much further, for each that the comparison itself is vague by"""
 
     @classmethod
     def from_dict(cls, values: Any) -> Exactness:
@@ -53,10 +58,12 @@ class Exactness(NamedTuple):
             parts = [tuple(float(v) for v in values[name]) for name in cls._fields]
         except (KeyError, TypeError, ValueError):
             parts = []
-        if len(parts) != 2 or any(len(p) != 3 or not all(math.isfinite(v) and v > 0 for v in p) for p in parts):
+        if len(parts) != len(cls._fields) or any(
+            len(p) != 3 or not all(math.isfinite(v) and v > 0 for v in p) for p in parts
+        ):
             raise NmpError(
-                "how exact the search for the pose is ('search' in the JSON beside the weights) is no scale and std "
-                "of three positive numbers each: measure it again with 'nmp-train search'"
+                "how exact the search for the pose is ('search' in the JSON beside the weights) is no scale, std "
+                "and growth of three positive numbers each: measure it again with 'nmp-train search'"
             )
         return cls(*parts)  # type: ignore[arg-type]
 
@@ -101,6 +108,7 @@ class Aligner(nn.Module):
         self.register_buffer("blur", torch.tensor([blur]) ** 2, persistent=False)
         self.register_buffer("scaled", torch.empty(1, 3), persistent=False)
         self.register_buffer("own", torch.empty(1, 3), persistent=False)
+        self.register_buffer("growth", torch.empty(1, 3), persistent=False)
         self.far: Tensor
         self.usual: Tensor
         self.sure: Tensor
@@ -108,6 +116,7 @@ class Aligner(nn.Module):
         self.blur: Tensor
         self.scaled: Tensor
         self.own: Tensor
+        self.growth: Tensor
         self.exactness = Exactness()
         _, coarse = centres_of(grid)
         c, s = torch.cos(turn)[:, None, None], torch.sin(turn)[:, None, None]
@@ -159,7 +168,8 @@ class Aligner(nn.Module):
     def exactness(self, value: Exactness) -> None:
         self._exactness = value
         self.scaled.copy_(torch.tensor([value.scale]))
-        self.own.copy_(torch.tensor([value.std]) ** 2)
+        self.own.copy_((ALIKE * torch.tensor([value.std])) ** 2)
+        self.growth.copy_((ALIKE * torch.tensor([value.growth])) ** 2)
 
     def _gathered(self, score: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance [B, 3] of the motion, which is looked for within a variance [B, 2] (m2, rad2)."""
@@ -180,7 +190,7 @@ class Aligner(nn.Module):
         something = said * before > TOLD_SOMETHING
         said = torch.where(something, said, 1.0)
         measured = torch.where(something, self.scaled * mean / (after * said), 0.0)
-        error = self.scaled**2 * (1 / said - self.blur).clamp(min=0) + self.own
+        error = self.growth * (1 / said - self.blur).clamp(min=0) + self.own
         return measured, torch.where(something, error, torch.inf)
 
 
