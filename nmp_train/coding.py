@@ -19,7 +19,7 @@ from nmp.prior.cells import Cells
 from nmp.prior.coding import Coding, make_coding
 from nmp.prior.ledger import Ledger, State
 from nmp.prior.storage import Storage
-from nmp_train.evaluate import read_scenes, scene_frames
+from nmp_train.evaluate import add_weights_and_data, read_scenes, scene_frames
 
 STEP = 192.0
 """of what is stored, in steps of int8 of an average channel: see docs/prior.md for what others cost"""
@@ -66,11 +66,7 @@ def fit(weights: Path, dataroot: Path, version: str, step: float = STEP) -> Codi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp-train coding``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = HELP
-    parser.add_argument("weights", type=Path, help=".safetensors file, or the name of shipped ones")
-    parser.add_argument("--dataroot", type=Path, required=True, help="nuScenes folder, simulated or real")
-    parser.add_argument("--version", default="v1.0-mini", help="of the data set (default: %(default)s)")
+    add_weights_and_data(parser, HELP)
     parser.add_argument("--step", type=float, default=STEP, help="of what is stored (default: %(default)g)")
 
 

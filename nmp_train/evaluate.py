@@ -573,6 +573,15 @@ def split_scenes(split: str, dataroot: Path, version: str, splits: Path | None =
     return known[split]
 
 
+def add_weights_and_data(parser: argparse.ArgumentParser, description: str) -> None:
+    """Declare the arguments of a command that finds something out about weights on a data set."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = description
+    parser.add_argument("weights", type=Path, help=".safetensors file, or the name of shipped ones")
+    parser.add_argument("--dataroot", type=Path, required=True, help="nuScenes folder, simulated or real")
+    parser.add_argument("--version", default="v1.0-mini", help="of the data set (default: %(default)s)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp-train eval``."""
     parser.description = HELP.format(protocols="\n".join(f"  {name:15}{text}" for name, text in PROTOCOLS.items()))

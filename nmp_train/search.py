@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from nmp.errors import NmpError
@@ -17,7 +18,8 @@ from nmp.mapper import OnlineMapper
 from nmp.model.fusion import Exactness
 from nmp.model.fusion.align import ALIKE
 from nmp.model.weights import put_beside
-from nmp_train.evaluate import at_pose, read_scenes, scene_frames
+from nmp_train.alignment import motion_between
+from nmp_train.evaluate import add_weights_and_data, at_pose, read_scenes, scene_frames
 
 ERRORS = (0.3, 0.3, 0.02)
 """of the poses that are tried, standard deviations: x, y (m), yaw (rad)"""
@@ -57,10 +59,8 @@ def fit(weights: Path, dataroot: Path, version: str, seed: int = 0) -> Exactness
                 found = mapper.measure(misplaced(frame, off))
                 aligner.exactness = Exactness()  # whatever was measured before has no part in it
                 assert found is not None
-                yaw = yaw_of(frame.map_from_base) + off[2]
-                c, s = math.cos(yaw), math.sin(yaw)
-                # the motion that leads back, in the frame of the wrong pose
-                back = -np.array([c * off[0] + s * off[1], c * off[1] - s * off[0], off[2]])
+                true = torch.tensor([[0.0, 0.0, yaw_of(pose)]], dtype=torch.float64)
+                back = motion_between(true + torch.from_numpy(off), true)[0].numpy()
                 rows.append(np.stack([back, *found[2:].astype(np.float64)]))
                 mapper.update(frame)
             mapper.close()
@@ -117,11 +117,7 @@ def _spread_of(error: Array, vague: Array) -> tuple[float, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``nmp-train search``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = HELP
-    parser.add_argument("weights", type=Path, help=".safetensors file, or the name of shipped ones")
-    parser.add_argument("--dataroot", type=Path, required=True, help="nuScenes folder, simulated or real")
-    parser.add_argument("--version", default="v1.0-mini", help="of the data set (default: %(default)s)")
+    add_weights_and_data(parser, HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the errors that are tried (default: %(default)s)")
 
 

@@ -45,7 +45,7 @@ class Exactness(NamedTuple):
     """How exact a search is, forward, left (m) and in turn (rad); ``nmp-train search`` measures it."""
 
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """what is found is to be multiplied by this: turns are found too small, as a turned map is a blurred one"""
+    """what is found is to be multiplied by this: one network finds less than half of a turn, another twice of it"""
     std: tuple[float, float, float] = (0.2, 0.15, 0.01)
     """standard deviation of how far off it then is, where the comparison is as clear as can be"""
     growth: tuple[float, float, float] = (0.3, 0.3, 0.3)
